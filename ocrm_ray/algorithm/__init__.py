@@ -1,0 +1,1 @@
+"""The algorithm as pure functions: tensors in, tensors out; standard library and torch only."""

@@ -1,0 +1,393 @@
+"""The configuration: one frozen tree, unknown keys refused, every default here and nowhere else.
+
+``ocrm_ray.config_file`` reads YAML and ``key=value`` overrides into a ``RunConfig``; components receive their
+own section, never the whole tree. Lengths are in tokens, times in seconds (``_s``), counts start with ``num_``.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    """A node of the tree: immutable, unknown keys refused, documented by the string under each field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class PraiseWorld(Section):
+    """The embedded world: a word-level language in which a little praise is liked and hype is not."""
+
+    kind: Literal["praise"] = "praise"
+    num_prompts: PositiveInt = 8000
+    """Prompts of four topic words, drawn without repetition; the last ``data.num_heldout`` are held out."""
+    policy_hidden_size: PositiveInt = 64
+    """Width of the policy (2 layers, heads of 32)."""
+    reward_hidden_size: PositiveInt = 32
+    """Width of the reward model (1 layer): too small on purpose, so that it can be gamed."""
+
+
+class DataFile(Section):
+    """A data set: JSON, JSONL (also .gz), Parquet, or a name on the Hugging Face Hub."""
+
+    path: str
+    """A file, or a Hub name such as ``org/dataset``."""
+    split: str = "train"
+    """Split of a Hub data set; a file is one split."""
+    limit: PositiveInt | None = None
+    """Use the first so many rows; null: all."""
+
+
+class Data(Section):
+    """Prompts, and how they are split."""
+
+    prompts: DataFile | None = None
+    """Rows with ``prompt``, ``instruction`` (+ ``input``) or chat ``messages``; ``output``, ``reference`` or
+    ``response`` is the optional reference response. Null only with ``world``."""
+    num_heldout: PositiveInt = 1024
+    """Prompts kept from training, for evaluation; drawn once, with ``seed``."""
+    max_prompt_tokens: PositiveInt = 512
+    """Longer prompts are dropped and counted."""
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    """Wrap plain prompts as one user message in the tokenizer's chat template; ``auto``: where there is one."""
+
+
+class Sft(Section):
+    """The SFT model: a ready one, or a base model fine-tuned on the prompts' reference responses."""
+
+    ready: str | None = None
+    """A ready SFT model (folder or Hub name): nothing is trained."""
+    base: str | None = None
+    """The model to fine-tune (folder or Hub name). Null with ``world``: the world's own untrained model."""
+    num_epochs: PositiveInt = 3
+    batch_size: PositiveInt = 64
+    """Sequences an optimiser step."""
+    micro_batch_size: PositiveInt = 64
+    """Sequences a forward pass."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak of a linear decay to 0."""
+
+
+class Pairs(Section):
+    """Preference pairs: ready ones, or sampled from the SFT model and labelled by gold."""
+
+    ready: DataFile | None = None
+    """Ready pairs: ``prompt, chosen, rejected``, chat-message pairs, or transcripts with a shared prefix."""
+    behaviour: str = "sft"
+    """Who wrote them: ``sft``, a model's folder or Hub name, or ``unknown`` (refused by importance weighting)."""
+    allow_unknown_behaviour: bool = False
+    """Weight pairs of unknown origin as if the SFT model had written them."""
+    num_pairs: PositiveInt = 20000
+    """Pairs to sample, spread evenly over the training prompts."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of the pairs: the denominator of the importance ratio is taken at it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling of the pairs; anything below 1 makes the ratio biased."""
+    top_k: NonNegativeInt = 0
+    """Top-k sampling of the pairs; 0: off."""
+    labels: Literal["argmax", "bradley_terry"] = "bradley_terry"
+    """The higher gold score wins, or a coin weighted by sigmoid(gold difference) decides."""
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the pairs kept from RM training, to measure its accuracy."""
+
+
+class FunctionGold(Section):
+    """Gold from a Python function ``f(prompts, responses, references) -> list[float]``."""
+
+    kind: Literal["function"] = "function"
+    path: str
+    """Import path, ``package.module:function``."""
+
+
+class ClassifierGold(Section):
+    """Gold from a Hugging Face sequence-classification model (its one logit)."""
+
+    kind: Literal["classifier"] = "classifier"
+    model: str
+    """Folder or Hub name."""
+    batch_size: PositiveInt = 32
+
+
+class SimilarityGold(Section):
+    """Gold from a sentence encoder: cosine similarity to the reference, less a penalty for repetition."""
+
+    kind: Literal["similarity"] = "similarity"
+    model: str
+    """Encoder (folder or Hub name); mean-pooled, normalised."""
+    batch_size: PositiveInt = 32
+    repetition_penalty: NonNegativeFloat = 0.5
+    """Taken off, times the share of word trigrams that occurred before in the response."""
+
+
+Gold = Annotated[FunctionGold | ClassifierGold | SimilarityGold, Field(discriminator="kind")]
+
+
+class RewardTraining(Section):
+    """How a reward model is fitted to pairs."""
+
+    num_epochs: PositiveInt = 1
+    batch_size: PositiveInt = 256
+    """Pairs an optimiser step."""
+    micro_batch_size: PositiveInt = 256
+    """Pairs a forward pass."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak of a cosine decay to 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class Reward(Section):
+    """The first reward model."""
+
+    ready: str | None = None
+    """A ready reward model (sequence classification, one label): nothing is trained at first."""
+    base: str | None = None
+    """Backbone to start from; null: the SFT model (with ``world``: the world's own small one)."""
+    training: RewardTraining = RewardTraining()
+    num_calibration: PositiveInt = 1024
+    """SFT responses on which every reward model is re-centred to mean 0."""
+    scale: Literal["none", "calibration_std"] = "none"
+    """Whether the score is also divided by its spread on the calibration set."""
+
+
+class MissingEosPenalty(Section):
+    """Responses without EOS get this reward in place of the model's."""
+
+    penalty: float
+
+
+class Rollout(Section):
+    """What the policy generates for its own training."""
+
+    prompts_per_step: PositiveInt = 32
+    samples_per_prompt: PositiveInt = 4
+    max_new_tokens: PositiveInt = 64
+    """Longest response, EOS included."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature: the numerator of the importance ratio is taken at it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
+    max_staleness: NonNegativeInt = 1
+    """Used at policy version v, a rollout began no earlier than v - max_staleness."""
+    straggler: Literal["wait", "reissue"] = "wait"
+    """At the bound, wait for the late rollout, or abort it and issue its prompt again."""
+    missing_eos: Literal["mask"] | MissingEosPenalty = MissingEosPenalty(penalty=-1.0)
+    """``mask`` leaves responses without EOS out of the loss."""
+
+
+class Policy(Section):
+    """One policy update."""
+
+    algorithm: Literal["ppo", "rloo", "grpo"] = "rloo"
+    num_updates: PositiveInt = 140
+    """Policy updates of the whole run."""
+    learning_rate: PositiveFloat = 1e-4
+    critic_learning_rate: PositiveFloat = 1e-4
+    """PPO only."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """``linear`` decays to 0 over the run, or over ``correction.every`` updates if ``reset_optimizer``."""
+    num_epochs: PositiveInt = 1
+    """Passes over a step's rollouts."""
+    num_minibatches: PositiveInt = 1
+    """Optimiser steps a pass."""
+    micro_batch_size: PositiveInt = 128
+    """Sequences a forward pass."""
+    kl_coefficient: NonNegativeFloat = 0.1
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_placement: Literal["reward", "loss"] = "reward"
+    """Subtract the KL from the reward, or add it to the loss."""
+    clip_range: PositiveFloat = 0.2
+    value_clip_range: PositiveFloat = 0.2
+    """PPO only."""
+    value_coefficient: NonNegativeFloat = 0.1
+    """PPO only."""
+    gamma: Share = 1.0
+    gae_lambda: Share = 0.95
+    """PPO only."""
+    max_grad_norm: PositiveFloat = 1.0
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO stage of policy, critic and refit."""
+
+
+class Weights(Section):
+    """Importance weights of preference pairs, w = exp(m * (ell(chosen) + ell(rejected)))."""
+
+    formula: Literal["exact", "as_released"] = "exact"
+    """``exact`` in log space; ``as_released`` reproduces the published code's float32 formula."""
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the relative density ratio; 0: the plain ratio."""
+    m: Share = 1.0
+    """Exponent; 1: the full weight, 0: none."""
+    clip: PositiveFloat | None = None
+    """Largest weight, before normalisation; null: no clip."""
+    normalise: bool = True
+    """Divide by the mean weight over the pairs of the refit."""
+
+
+class Correction(Section):
+    """The refit of the reward model for the policy's present distribution."""
+
+    strategy: Literal["none", "refit", "ocrm"] = "ocrm"
+    """``none`` keeps the RM; ``refit`` trains it again without weights; ``ocrm`` with importance weights."""
+    every: PositiveInt = 10
+    """k: a correction falls due every so many policy updates."""
+    schedule: Literal["overlapped", "blocking"] = "overlapped"
+    """Refit beside rollouts and training, or stop, refit, promote, go on."""
+    promote_after: PositiveInt | None = None
+    """Promote exactly so many updates after the snapshot, whatever the machine's speed."""
+    max_lag: PositiveInt | None = None
+    """Promote at most so many updates after the snapshot."""
+    num_pairs: PositiveInt | None = None
+    """Training pairs that a refit uses, drawn anew for each; null: all."""
+    weights: Weights = Weights()
+    training: RewardTraining = RewardTraining()
+    rm_init: Literal["sft", "previous", "base"] = "base"
+    """Refit from the SFT backbone with a new head, the live RM, or the RM's own initial weights."""
+    kl_reference: Literal["moving", "sft"] = "sft"
+    """At promotion the KL anchor becomes the policy that the RM is right for, or stays the SFT model."""
+    critic_on_promote: Literal["reinit", "keep"] = "keep"
+    """PPO only: start the critic again from the promoted RM, or keep it."""
+    reset_optimizer: bool = False
+    """Fresh policy optimiser and learning-rate schedule at promotion."""
+
+
+class Probe(Section):
+    """After a publish, engine and trainer score the same stored sequences."""
+
+    every: PositiveInt = 10
+    """Probe the first publish, then every so many."""
+    num_sequences: PositiveInt = 32
+    factor: Annotated[float, Field(ge=1)] = 2.0
+    """Bound: so many times the mean absolute gap of the freshly started engine."""
+    floor: PositiveFloat = 2e-3
+    """Bound: never below this gap, in nats a token."""
+
+
+class Evaluation(Section):
+    """On fixed held-out prompts, sampled as in training."""
+
+    every: PositiveInt = 10
+    """Policy updates between evaluations; also before the first and after the last."""
+    num_prompts: PositiveInt = 1024
+    num_pair_prompts: NonNegativeInt = 256
+    """Of these prompts so many get two samples: the on-policy pairs of the RM's accuracy."""
+    num_samples_saved: NonNegativeInt = 16
+    """Samples written to samples.jsonl at each evaluation."""
+
+
+class Checkpoint(Section):
+    """What is saved while the run goes on."""
+
+    every: PositiveInt = 50
+    """Policy updates between saved policies; the last one is always saved."""
+
+
+class Pool(Section):
+    """One pool of actors."""
+
+    num_actors: PositiveInt = 1
+    cpus_per_actor: PositiveFloat = 0.1
+    """Ray CPUs reserved for each actor; small, so that seven actors fit two cores."""
+    gpus_per_actor: NonNegativeFloat = 0.0
+    threads_per_actor: PositiveInt = 1
+    """Arithmetic threads of each actor on CPU."""
+    dtype: Dtype = "float32"
+    """Precision of the pool's networks."""
+    batch_size: PositiveInt = 128
+    """Sequences a forward pass when scoring."""
+
+
+class GenerationPool(Pool):
+    """vLLM engines."""
+
+    kv_cache_gib: PositiveFloat = 1.0
+    """KV cache of each engine on CPU."""
+    max_running: PositiveInt = 256
+    """Sequences that an engine decodes at once."""
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of a GPU's memory that an engine takes; unused on CPU."""
+
+
+class Pools(Section):
+    """The four pools, and the evaluation actor."""
+
+    generation: GenerationPool = GenerationPool()
+    policy: Pool = Pool()
+    scoring: Pool = Pool()
+    reward: Pool = Pool()
+    evaluation: Pool = Pool()
+
+
+class Deadlines(Section):
+    """Longest waits before the run ends with an error."""
+
+    start_s: PositiveFloat = 300.0
+    """For the actors of a pool to be placed and ready."""
+    request_s: PositiveFloat = 900.0
+    """For one answer of an actor (generation, scoring, update)."""
+    publish_s: PositiveFloat = 120.0
+    """For the engines to take new weights."""
+    refit_s: PositiveFloat = 3600.0
+    """For one refit of the reward model."""
+
+
+class RunConfig(Section):
+    """One run: SFT -> pairs -> labels -> RM -> RL with corrections -> evaluation -> report."""
+
+    name: RunName
+    """The run folder is ``output_dir/name``."""
+    output_dir: Path = Path("runs")
+    stages_dir: Path | None = None
+    """Where the stages before RL leave their results; null: in the run folder. Arms of a study share one."""
+    seed: NonNegativeInt = 0
+    world: PraiseWorld | None = None
+    """The embedded world, in place of ``data.prompts``, models and gold."""
+    trust_remote_code: bool = False
+    """Let model and data repositories run their own code on this machine."""
+    data: Data = Data()
+    sft: Sft = Sft()
+    pairs: Pairs = Pairs()
+    gold: Gold | None = None
+    """The true reward, for labels and evaluation; null only with ready pairs (or ``world``)."""
+    reward: Reward = Reward()
+    rollout: Rollout = Rollout()
+    policy: Policy = Policy()
+    correction: Correction = Correction()
+    probe: Probe = Probe()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    pools: Pools = Pools()
+    deadlines: Deadlines = Deadlines()
+
+    @property
+    def run_dir(self) -> Path:
+        """``output_dir/name``."""
+        return self.output_dir / self.name
+
+    @property
+    def stage_root(self) -> Path:
+        """Where stage results are: ``stages_dir``, or ``stages/`` in the run folder."""
+        return self.stages_dir if self.stages_dir is not None else self.run_dir / "stages"
+
+
+class StudyConfig(Section):
+    """Arms x seeds over shared stages: each arm is the base run with some keys changed."""
+
+    name: RunName
+    output_dir: Path = Path("runs")
+    base: dict[str, object]
+    """A run configuration without ``name``, ``output_dir``, ``stages_dir`` and ``seed``."""
+    arms: dict[RunName, dict[str, object]]
+    """Arm name -> dotted keys and their values, applied to ``base``."""
+    seeds: tuple[NonNegativeInt, ...] = (1,)
+    """A seed redraws every stage, not only RL."""

@@ -1,0 +1,54 @@
+"""The errors of ocrm-ray.
+
+OcrmError
+├── UserError              the user's mistake: every problem at once, exit status 2
+└── RunError               a failure of the run, exit status 1
+    ├── StaleWeightsError  sampler and trainer disagree although the same version was published
+    ├── DeadlineError      a wait passed its deadline
+    └── ActorDiedError     a process of a pool ended
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of the user's, printed as ``path: got X, need Y: do Z``."""
+
+    path: str
+    got: str
+    need: str
+    do: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: got {self.got}, need {self.need}: {self.do}"
+
+
+class OcrmError(Exception):
+    """Base of every error that ocrm-ray raises on purpose."""
+
+
+class UserError(OcrmError):
+    """The user's mistakes, all that were found, one line each."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        assert problems, "a UserError names at least one problem"
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class RunError(OcrmError):
+    """The run cannot go on; the message says why."""
+
+
+class StaleWeightsError(RunError):
+    """The engine's log-probs differ from the trainer's by more than the bound, twice in a row."""
+
+
+class DeadlineError(RunError):
+    """A wait took longer than its deadline allows."""
+
+
+class ActorDiedError(RunError):
+    """An actor of a pool died."""

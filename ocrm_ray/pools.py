@@ -1,0 +1,127 @@
+"""The four pools as the coordinator sees them, and the evaluator: small protocols, nothing of Ray.
+
+``actors.groups`` implements them over Ray actors, ``tests/fakes.py`` in process. Every call has a deadline of
+its own inside the pool; an actor's failure surfaces as that call's exception.
+"""
+
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from ocrm_ray.records import (
+    Calibration,
+    EvaluationReport,
+    FloatArray,
+    GenerationRequest,
+    IntArray,
+    PolicyWeights,
+    PublishReport,
+    RefitReport,
+    RefitRequest,
+    Rollout,
+    Sample,
+    Sequence,
+    UpdateReport,
+)
+
+
+class GenerationPool(Protocol):
+    """vLLM engines. Weights are swapped in flight; running requests survive it."""
+
+    async def generate(self, request: GenerationRequest) -> tuple[Sample, ...]:
+        """Sample; returns when the last of the request's samples is finished."""
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """Drop a request; its ``generate`` raises ``asyncio.CancelledError`` or has been cancelled by the caller."""
+        ...
+
+    async def load_weights(self, weights: PolicyWeights) -> PublishReport:
+        """Put the weights live on every engine and stamp later tokens with their version."""
+        ...
+
+    async def score(self, sequences: Seq[Sequence]) -> list[FloatArray]:
+        """Teacher-forced log-probs [T] of the responses at temperature 1, by the path that sampling takes."""
+        ...
+
+
+class PolicyPool(Protocol):
+    """DeepSpeed engines: the policy, and for PPO its critic."""
+
+    async def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
+        """One policy update, v -> v + 1. Refuses rollouts whose scores are not of the live RM and anchor."""
+        ...
+
+    async def export_weights(self) -> PolicyWeights:
+        """Write the present weights where engines and scorers can read them."""
+        ...
+
+    async def release_weights(self, weights: PolicyWeights) -> None:
+        """Delete an exported file that nobody reads any more."""
+        ...
+
+    async def logprobs(self, sequences: Seq[Sequence]) -> list[FloatArray]:
+        """Log-probs [T] of the responses at temperature 1 under the present weights."""
+        ...
+
+    async def stage(self, promotion_id: str, refit: RefitReport | None) -> None:
+        """Prepare what a promotion changes in the trainer (critic weights); off the critical path."""
+        ...
+
+    async def commit(self, promotion_id: str, reward_version: int, anchor_version: int) -> None:
+        """Make the staged critic live, reset the optimiser if so configured, expect the new versions. Idempotent."""
+        ...
+
+    async def save(self, name: str) -> None:
+        """Write the policy as a Hugging Face model folder ``name`` in the run folder."""
+        ...
+
+
+class ScoringPool(Protocol):
+    """Log-probs under the SFT model, the anchor and snapshots of the policy."""
+
+    async def score(self, sequences: Seq[Sequence], anchor: str = "live") -> tuple[list[FloatArray], list[FloatArray]]:
+        """(anchor, SFT) log-probs [T] at the rollout temperature. ``anchor`` is ``live`` or a staged promotion_id."""
+        ...
+
+    async def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
+        """Summed log-probs [N, 2] of (chosen, rejected) of training pairs: under a snapshot at the rollout
+        temperature, or with None under the behaviour model at the pairs' temperature."""
+        ...
+
+    async def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
+        """Load a snapshot beside the live anchor."""
+        ...
+
+    async def commit(self, promotion_id: str, anchor_version: int) -> None:
+        """Make the staged anchor live, if one was staged. Idempotent."""
+        ...
+
+
+class RewardPool(Protocol):
+    """Live reward models that serve, and a refit that trains beside them."""
+
+    async def score(self, sequences: Seq[Sequence], slot: str = "live") -> FloatArray:
+        """Calibrated scores [N], read at the last token. ``slot`` is ``live`` or a staged promotion_id."""
+        ...
+
+    async def refit(self, request: RefitRequest) -> RefitReport:
+        """Train a candidate; serving goes on."""
+        ...
+
+    async def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
+        """Load the candidate into a shadow slot of every server and calibrate it on the frozen set."""
+        ...
+
+    async def commit(self, promotion_id: str, reward_version: int) -> None:
+        """Make the staged candidate live, if one was staged. Idempotent."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Measures held-out samples; an actor of its own."""
+
+    async def evaluate(
+        self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[FloatArray], sft_logprobs: Seq[Seq[FloatArray]]
+    ) -> EvaluationReport:
+        """``samples[i]`` are the samples of evaluation prompt i, with their proxy scores and SFT log-probs."""
+        ...

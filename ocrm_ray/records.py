@@ -1,0 +1,192 @@
+"""What crosses process boundaries: frozen dataclasses over Python numbers and numpy arrays."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as text and as tokens (chat template and special tokens included)."""
+
+    prompt_id: int
+    text: str
+    token_ids: tuple[int, ...]
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """A prompt and one response, the response up to and including its first EOS."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    has_eos: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """Sample ``num_samples`` responses to one prompt; sample i uses seed ``seed + i``."""
+
+    request_id: str
+    prompt: Prompt
+    num_samples: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sampled response.
+
+    ``logprobs`` [T]: of the distribution actually sampled from (temperature applied). ``first_version`` and
+    ``last_version``: policy versions that produced its oldest and its newest token.
+    """
+
+    sequence: Sequence
+    logprobs: FloatArray
+    first_version: int
+    last_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the live reward model and the anchor say of one sample, and which versions they were."""
+
+    reward: float
+    reward_version: int
+    anchor_logprobs: FloatArray
+    anchor_version: int
+    sft_logprobs: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """The samples of one prompt: the unit that is generated, scored and trained on together."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+    incarnation: int
+    scores: tuple[Scores, ...] | None = None
+    """One a sample; None before scoring."""
+
+    @property
+    def first_version(self) -> int:
+        """Policy version of the oldest token."""
+        return min(sample.first_version for sample in self.samples)
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens."""
+        return sum(len(sample.sequence.response_ids) for sample in self.samples)
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return tuple(sample.sequence for sample in self.samples)
+
+    def with_scores(self, scores: tuple[Scores, ...]) -> "Rollout":
+        assert len(scores) == len(self.samples)
+        return replace(self, scores=scores)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyWeights:
+    """Published policy weights: a safetensors file on this node, tied heads written out."""
+
+    version: int
+    path: Path
+    num_bytes: int
+    checksum: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """One policy update. ``logprob_gap``: mean absolute difference, trainer (before the update) against sampler."""
+
+    version: int
+    loss: float
+    kl_anchor: float
+    kl_sft: float
+    entropy: float
+    clip_share: float
+    grad_norm: float
+    logprob_gap: float
+    seconds: float
+    value_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """One publish to every engine; ``pause_s`` is how long generation stood still."""
+
+    version: int
+    num_bytes: int
+    seconds: float
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WeightStatistics:
+    """Diagnostics of a set of importance weights."""
+
+    ess_fraction: float
+    max_weight: float
+    log_weight_std: float
+
+
+@dataclass(frozen=True, slots=True)
+class RefitRequest:
+    """Refit the RM on training pairs ``indices`` [N] with ``weights`` [N] (None: uniform); the result is version ``reward_version``."""
+
+    promotion_id: str
+    reward_version: int
+    indices: IntArray
+    weights: FloatArray | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RefitReport:
+    """A finished refit: its model folder, mean loss, accuracy on the held-out pairs."""
+
+    promotion_id: str
+    reward_version: int
+    path: Path
+    loss: float
+    heldout_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Mean and standard deviation of a reward model's raw scores on the calibration set."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """One evaluation on the held-out prompts; gold fields are None where there is no gold scorer."""
+
+    step: int
+    policy_version: int
+    proxy_mean: float
+    kl_sft: float
+    response_tokens_mean: float
+    gold_mean: float | None = None
+    gold_se: float | None = None
+    gold_win_rate: float | None = None
+    """Against the SFT model's responses of the first evaluation; a tie counts half."""
+    rm_accuracy: float | None = None
+    """Share of on-policy pairs (gold ties left out) that the live RM orders as gold does."""
+    seconds: float = 0.0
