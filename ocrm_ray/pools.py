@@ -5,6 +5,7 @@ its own inside the pool; an actor's failure surfaces as that call's exception.
 """
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Protocol
 
 from ocrm_ray.records import (
@@ -80,7 +81,8 @@ class ScoringPool(Protocol):
     """Log-probs under the SFT model, the anchor and snapshots of the policy."""
 
     async def score(self, sequences: Seq[Sequence], anchor: str = "live") -> tuple[list[FloatArray], list[FloatArray]]:
-        """(anchor, SFT) log-probs [T] at the rollout temperature. ``anchor`` is ``live`` or a staged promotion_id."""
+        """(anchor, SFT) log-probs [T] at the rollout temperature. ``anchor`` is ``live`` or a staged promotion_id,
+        which stays a name of the live anchor after its commit, for requests on their way."""
         ...
 
     async def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
@@ -101,7 +103,8 @@ class RewardPool(Protocol):
     """Live reward models that serve, and a refit that trains beside them."""
 
     async def score(self, sequences: Seq[Sequence], slot: str = "live") -> FloatArray:
-        """Calibrated scores [N], read at the last token. ``slot`` is ``live`` or a staged promotion_id."""
+        """Calibrated scores [N], read at the last token. ``slot`` is ``live`` or a staged promotion_id, which stays
+        a name of the live RM after its commit, for requests on their way."""
         ...
 
     async def refit(self, request: RefitRequest) -> RefitReport:
@@ -122,6 +125,18 @@ class Evaluator(Protocol):
 
     async def evaluate(
         self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[FloatArray], sft_logprobs: Seq[Seq[FloatArray]]
-    ) -> EvaluationReport:
-        """``samples[i]`` are the samples of evaluation prompt i, with their proxy scores and SFT log-probs."""
+    ) -> tuple[EvaluationReport, list[dict[str, object]]]:
+        """``samples[i]`` are the samples of evaluation prompt i, with their proxy scores and SFT log-probs. Returns
+        the report and the rows of samples.jsonl."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """The four pools, and who measures held-out samples."""
+
+    generation: GenerationPool
+    policy: PolicyPool
+    scoring: ScoringPool
+    reward: RewardPool
+    evaluator: Evaluator

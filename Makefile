@@ -1,0 +1,44 @@
+# Two commands need nothing but Python 3.11 and pip: `make demo` and `make test`. Everything lands in .venv, once.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-deps
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' docker/cpu-lock.txt)
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/runtime.stamp
+	$(PY) -m ocrm_ray study configs/study/demo.yaml
+
+test: $(VENV)/dev.stamp
+	$(PY) -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/dev.stamp
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# The CPU build of torch is on PyTorch's own index; only where pip does not find it by itself is that index named.
+$(VENV)/runtime.stamp: docker/cpu-lock.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"Python 3.11 is needed, {sys.executable} is {v}: make PYTHON=/path/to/python3.11")'
+	@echo "setting up $(VENV): about 3 GB, a few minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r docker/cpu-lock.txt || ($(PIP) --index-url $(TORCH_INDEX) '$(TORCH)' && $(PIP) -r docker/cpu-lock.txt)
+	@echo "building DeepSpeed's communication op, once"
+	TORCH_EXTENSIONS_DIR=$(VENV)/torch_extensions $(PY) -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()' >$(VENV)/op-build.log 2>&1 \
+		|| echo "the op did not build (see $(VENV)/op-build.log); DeepSpeed goes on without it"
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/runtime.stamp docker/dev-lock.txt
+	$(PIP) -r docker/dev-lock.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

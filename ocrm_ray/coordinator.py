@@ -1,0 +1,188 @@
+"""The coordinator: RLHF in which the reward model follows the policy. It sees four pools and nothing of Ray.
+
+    repeat for t = 1 .. num_updates:
+        take a batch of scored rollouts, at most S versions old
+        policy update                                   pi_v -> pi_v+1
+        publish pi_v+1 to the engines                   running requests go on
+        promote a finished correction, if there is one  RM, calibration, anchor and critic together
+        start a correction if t is a multiple of k      ratios -> weights -> refit -> staged, beside all this
+
+Three tasks run for the whole run: the rollout pump (waits for a free slot of the buffer, unblocked by a publish), the
+scoring pump (waits for finished rollouts), and the loop above, which is finite and ends the other two. A correction
+is a task of its own. The death of any of them ends the run with that task's own error.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ocrm_ray.algorithm.schedule import CorrectionClock, CorrectionSchedule
+from ocrm_ray.config import RunConfig
+from ocrm_ray.correction import Candidate, CorrectionPools, Corrector
+from ocrm_ray.heldout import HeldoutPolicy
+from ocrm_ray.metered import MeteredPools
+from ocrm_ray.metrics import RunLog
+from ocrm_ray.pools import Pools
+from ocrm_ray.records import FloatArray, PolicyWeights, Prompt, Rollout, Sequence, UpdateReport
+from ocrm_ray.rollout_buffer import RolloutBuffer
+from ocrm_ray.rollout_pump import RolloutPump
+from ocrm_ray.rollout_scoring import RolloutScorer
+from ocrm_ray.step_metrics import Increments, StepClock, step_record
+from ocrm_ray.strategies import make_strategy
+from ocrm_ray.weight_publisher import WeightPublisher
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What a run trains and is measured on. ``behaviour_logprobs`` [N, 2]: of all training pairs; ``probe``: the
+    sequences on which engine and trainer are compared."""
+
+    prompts: Iterator[Prompt]
+    heldout: tuple[Prompt, ...]
+    behaviour_logprobs: FloatArray
+    probe: tuple[Sequence, ...]
+
+
+class Coordinator:
+    """Runs the algorithm above over any implementation of the pools: Ray actors, or fakes on a virtual clock."""
+
+    def __init__(self, config: RunConfig, pools: Pools, data: TrainingData, log: RunLog, clock: Callable[[], float]):
+        self.config = config
+        self.settings = config.correction
+        self.data = data
+        self.log = log
+        self.pools = MeteredPools(pools, clock)
+        self.clock = clock
+        self.correction_clock = CorrectionClock(
+            CorrectionSchedule(self.settings.every, self.settings.promote_after, self.settings.max_lag)
+        )
+        self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, reward_version=0, anchor_version=0)
+        self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts)
+        self.corrector = Corrector(
+            self.settings,
+            make_strategy(self.settings),
+            CorrectionPools(self.pools.scoring, self.pools.reward, self.pools.policy),
+            self.scorer,
+            data.behaviour_logprobs,
+            config.seed,
+        )
+        self.publisher = WeightPublisher(self.pools.generation, self.pools.policy, config.probe, log.event)
+        self.heldout = HeldoutPolicy(config, self.pools, data.heldout, log)
+        self.corrector.emit, self.corrector.queue = log.event, self.buffer.ready
+        self.correction: asyncio.Task[Candidate] | None = None
+        self.step_clock = StepClock(clock, self.pools.meters)
+        self.increments = Increments()
+
+    @property
+    def buffer(self) -> RolloutBuffer:
+        return self.pump.buffer
+
+    async def run(self) -> None:
+        """All updates. Raises the first failing task's own error."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                pumps = [tasks.create_task(self.pump.issue(tasks)), tasks.create_task(self.pump.score())]
+                await self._optimise(tasks)
+                self._abandon(pumps)
+        except BaseExceptionGroup as group:
+            raise first_cause(group) from group
+
+    async def _optimise(self, tasks: asyncio.TaskGroup) -> None:
+        await self.publisher.start(self.data.probe)
+        self._evaluate(tasks, step=0)
+        for step in range(1, self.config.policy.num_updates + 1):
+            batch = await self._take(version=step - 1)
+            update = await self._update(batch)
+            await self._publish(update.version)
+            await self._promote(step)
+            await self._correct(tasks, step)
+            self._evaluate(tasks, step)
+            self._record(batch, update)
+            await self._checkpoint(step)
+        await self.heldout.finish()
+
+    async def _take(self, version: int) -> list[Rollout]:
+        with self.step_clock.timed("rollout_wait_s"):
+            batch = await self.buffer.take(version)
+        return await self.scorer.refresh(batch)
+
+    async def _update(self, batch: list[Rollout]) -> UpdateReport:
+        live = self.scorer.live
+        for rollout in batch:
+            assert rollout.scores is not None
+            for scores in rollout.scores:
+                assert scores.reward_version == live.reward_version, "scored by another reward model than the live one"
+                assert scores.anchor_version == live.anchor_version, "scored by another anchor than the live one"
+        with self.step_clock.timed("train"):
+            return await self.pools.policy.update(batch)
+
+    async def _publish(self, version: int) -> None:
+        """Engines take pi_v+1 between tokens; a held-out evaluation of pi_v is sampled to its end first."""
+        with self.step_clock.timed("publish"):
+            await self.heldout.sampled()
+            published = await self.publisher.publish()
+            assert published.version == version
+            await self.buffer.publish(version)
+
+    async def _promote(self, step: int) -> None:
+        """Between two updates: a prepared correction goes live; wait for it only where the configuration says so."""
+        if self.correction is None:
+            return
+        if self.correction_clock.must_promote(step):
+            with self.step_clock.timed("correction_wait_s"):
+                await asyncio.wait([self.correction])
+        if self.correction.done() and self.correction_clock.may_promote(step):
+            candidate = self.correction.result()
+            lag_steps = self.correction_clock.finish(step)
+            await self.corrector.commit(candidate, step, lag_steps)
+            await self.publisher.release(candidate.snapshot_version)
+            self.correction = None
+
+    async def _correct(self, tasks: asyncio.TaskGroup, step: int) -> None:
+        """Start a correction for pi_step if one is due and none is in flight; ``blocking`` also ends it here."""
+        is_last = step == self.config.policy.num_updates
+        if is_last or not self.correction_clock.should_start(step):
+            return
+        self.correction_clock.start(step)
+        snapshot: PolicyWeights = self.publisher.hold()
+        self.correction = tasks.create_task(self.corrector.prepare(snapshot))
+        if self.settings.schedule == "blocking":
+            self.pump.pause()
+            with self.step_clock.timed("correction_wait_s"):
+                await asyncio.wait([self.correction])
+            await self._promote(step)
+            self.pump.resume()
+
+    def _evaluate(self, tasks: asyncio.TaskGroup, step: int) -> None:
+        """Sample and measure pi_step on held-out prompts, if that is due; its line in the metrics waits for it."""
+        if self.heldout.is_due(step):
+            self.log.hold(step)
+            self.heldout.begin(tasks, step)
+
+    def _record(self, batch: list[Rollout], update: UpdateReport) -> None:
+        counts = self.increments.of(
+            straggler_wait_s=self.buffer.straggler_wait_s,
+            num_reissued=self.buffer.num_reissued,
+            num_rescored_late=self.scorer.num_rescored_late,
+            num_deferred_corrections=self.correction_clock.num_deferred,
+        )
+        times = self.step_clock.close()
+        self.log.step(step_record(self.log.elapsed_s(), self.scorer.live, batch, update, times, counts))
+
+    async def _checkpoint(self, step: int) -> None:
+        if step % self.config.checkpoint.every == 0 and step < self.config.policy.num_updates:
+            await self.pools.policy.save(f"checkpoints/step-{step}")
+            self.log.event("checkpoint_saved", step=step)
+
+    def _abandon(self, pumps: list["asyncio.Task[None]"]) -> None:
+        """The last update is done: end what would go on for ever."""
+        for task in [*pumps, *self.pump.requests, *([self.correction] if self.correction else [])]:
+            task.cancel()
+
+
+def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that came first in a group of failed tasks: what ended the run."""
+    cause: BaseException = group
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    return cause

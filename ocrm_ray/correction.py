@@ -1,0 +1,146 @@
+"""One correction: score the pairs under a snapshot, weight them, refit the reward model, prepare it, make it live."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ocrm_ray.algorithm.importance import weight_statistics
+from ocrm_ray.config import Correction
+from ocrm_ray.pools import PolicyPool, RewardPool, ScoringPool
+from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, RefitRequest, Rollout
+from ocrm_ray.rollout_scoring import RolloutScorer, ScoreVersions
+from ocrm_ray.strategies import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectionPools:
+    """The pools that a correction uses."""
+
+    scoring: ScoringPool
+    reward: RewardPool
+    policy: PolicyPool
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A prepared correction: everything is loaded and scored, only the switch is missing."""
+
+    promotion_id: str
+    snapshot_version: int
+    versions: ScoreVersions
+    refit_s: float
+    ess_fraction: float | None
+
+
+class Corrector:
+    """Runs corrections, one at a time: ``prepare`` beside rollouts and training, ``commit`` between two steps."""
+
+    def __init__(
+        self,
+        settings: Correction,
+        strategy: Strategy,
+        pools: CorrectionPools,
+        scorer: RolloutScorer,
+        behaviour_logprobs: FloatArray,
+        seed: int,
+    ) -> None:
+        """``behaviour_logprobs`` [N, 2]: summed log-probs of all N training pairs under who wrote them."""
+        self.settings = settings
+        self.strategy = strategy
+        self.emit: Callable[..., None] = lambda event, **fields: None
+        self.queue: Callable[[], Mapping[str, Rollout]] = dict
+        self._pools = pools
+        self._scorer = scorer
+        self._behaviour_logprobs = behaviour_logprobs
+        self._seed = seed
+
+    async def prepare(self, snapshot: PolicyWeights) -> Candidate:
+        """Refit for the policy ``snapshot`` and stage the result in every pool; nothing live changes."""
+        started = time.monotonic()
+        promotion_id = f"snapshot-{snapshot.version}"
+        self.emit("correction_started", snapshot_version=snapshot.version, strategy=self.settings.strategy)
+        indices = self._draw_pairs(snapshot.version)
+        weights, ess_fraction = await self._weights(snapshot, indices)
+        refit = await self._refit(promotion_id, indices, weights, snapshot.version)
+        versions = await self._stage(promotion_id, snapshot, refit)
+        return Candidate(promotion_id, snapshot.version, versions, time.monotonic() - started, ess_fraction)
+
+    async def commit(self, candidate: Candidate, step: int, lag_steps: int) -> None:
+        """Switch reward model, calibration, anchor and critic together. Call between two policy updates."""
+        promotion_id, versions = candidate.promotion_id, candidate.versions
+        await asyncio.gather(
+            self._pools.reward.commit(promotion_id, versions.reward_version),
+            self._pools.scoring.commit(promotion_id, versions.anchor_version),
+            self._pools.policy.commit(promotion_id, versions.reward_version, versions.anchor_version),
+        )
+        self._scorer.commit()
+        self.emit(
+            "promoted",
+            promotion_id=promotion_id,
+            reward_version=versions.reward_version,
+            anchor_version=versions.anchor_version,
+            snapshot_version=candidate.snapshot_version,
+            policy_version=step,
+            ess_fraction=candidate.ess_fraction,
+            refit_s=candidate.refit_s,
+            lag_steps=lag_steps,
+        )
+
+    def _draw_pairs(self, snapshot_version: int) -> IntArray:
+        """Which training pairs this refit uses, drawn anew for each."""
+        num_all = len(self._behaviour_logprobs)
+        num_used = min(self.settings.num_pairs or num_all, num_all)
+        generator = np.random.default_rng([self._seed, snapshot_version])
+        return np.sort(generator.permutation(num_all)[:num_used]).astype(np.int64)
+
+    async def _weights(self, snapshot: PolicyWeights, indices: IntArray) -> tuple[FloatArray | None, float | None]:
+        if not self.strategy.needs_ratios:
+            return None, None
+        policy_logprobs = await self._pools.scoring.pair_logprobs(snapshot, indices)
+        weights = self.strategy.weights(policy_logprobs, self._behaviour_logprobs[indices])
+        statistics = weight_statistics(weights)
+        self.emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **asdict(statistics))
+        return weights.weights.float().numpy(), statistics.ess_fraction
+
+    async def _refit(
+        self, promotion_id: str, indices: IntArray, weights: FloatArray | None, snapshot_version: int
+    ) -> RefitReport | None:
+        if not self.strategy.refits:
+            return None
+        request = RefitRequest(
+            promotion_id=promotion_id,
+            reward_version=self._scorer.live.reward_version + 1,
+            indices=indices,
+            weights=weights,
+            seed=self._seed,
+        )
+        refit = await self._pools.reward.refit(request)
+        self.emit(
+            "refit_finished",
+            snapshot_version=snapshot_version,
+            reward_version=refit.reward_version,
+            loss=refit.loss,
+            heldout_accuracy=refit.heldout_accuracy,
+            refit_s=refit.seconds,
+        )
+        return refit
+
+    async def _stage(self, promotion_id: str, snapshot: PolicyWeights, refit: RefitReport | None) -> ScoreVersions:
+        live, moves = self._scorer.live, self.settings.kl_reference == "moving"
+        versions = ScoreVersions(
+            reward_version=refit.reward_version if refit else live.reward_version,
+            anchor_version=snapshot.version if moves else live.anchor_version,
+            reward_slot=promotion_id if refit else live.reward_slot,
+            anchor_slot=promotion_id if moves else live.anchor_slot,
+        )
+        await self._pools.policy.stage(promotion_id, refit)
+        if moves:
+            await self._pools.scoring.stage_anchor(promotion_id, snapshot)
+        if refit is not None:
+            calibration = await self._pools.reward.stage(promotion_id, refit)
+            self.emit("calibrated", reward_version=refit.reward_version, mean=calibration.mean, std=calibration.std)
+        await self._scorer.stage(versions, self.queue())
+        return versions

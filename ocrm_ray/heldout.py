@@ -1,0 +1,83 @@
+"""The policy on held-out prompts: sampled at one exact version, measured beside the next updates."""
+
+import asyncio
+from itertools import accumulate, pairwise
+
+from ocrm_ray.config import RunConfig
+from ocrm_ray.metered import MeteredPools
+from ocrm_ray.metrics import RunLog
+from ocrm_ray.records import GenerationRequest, Prompt, Sample
+
+
+class HeldoutPolicy:
+    """``begin`` after a publish; ``sampled`` before the next, so that no sample mixes two versions."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        pools: MeteredPools,
+        prompts: tuple[Prompt, ...],
+        log: RunLog,
+    ) -> None:
+        self.settings = config.evaluation
+        self._config = config
+        self._pools = pools
+        self._prompts = prompts[: self.settings.num_prompts]
+        self._log = log
+        self._sampling: asyncio.Task[list[tuple[Sample, ...]]] | None = None
+        self._measuring: asyncio.Task[None] | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Before the first update, every so many, and after the last."""
+        return step % self.settings.every == 0 or step == self._config.policy.num_updates
+
+    def begin(self, tasks: asyncio.TaskGroup, step: int) -> None:
+        """Start an evaluation of the version just published."""
+        self._sampling = tasks.create_task(self._sample())
+        self._measuring = tasks.create_task(self._measure(step, self._sampling, self._measuring))
+
+    async def sampled(self) -> None:
+        """Wait until the present version is not needed any more."""
+        if self._sampling is not None:
+            await asyncio.wait([self._sampling])
+
+    async def finish(self) -> None:
+        """Wait for the last evaluation."""
+        if self._measuring is not None:
+            await asyncio.wait([self._measuring])
+
+    async def _sample(self) -> list[tuple[Sample, ...]]:
+        """The same prompts and seeds every time; the first ``num_pair_prompts`` get two samples."""
+        rollout = self._config.rollout
+        requests = [
+            GenerationRequest(
+                request_id=f"heldout-{index}",
+                prompt=prompt,
+                num_samples=2 if index < self.settings.num_pair_prompts else 1,
+                max_new_tokens=rollout.max_new_tokens,
+                temperature=rollout.temperature,
+                seed=2 * index + 1,
+                top_p=rollout.top_p,
+                top_k=rollout.top_k,
+            )
+            for index, prompt in enumerate(self._prompts)
+        ]
+        return list(await asyncio.gather(*(self._pools.generation.generate(request) for request in requests)))
+
+    async def _measure(
+        self, step: int, sampling: "asyncio.Task[list[tuple[Sample, ...]]]", previous: "asyncio.Task[None] | None"
+    ) -> None:
+        samples = await sampling
+        sequences = [sample.sequence for prompt_samples in samples for sample in prompt_samples]
+        (_, sft), proxy = await asyncio.gather(
+            self._pools.scoring.score(sequences), self._pools.reward.score(sequences)
+        )
+        if previous is not None:
+            await asyncio.wait([previous])
+        starts = list(accumulate((len(prompt_samples) for prompt_samples in samples), initial=0))
+        bounds = list(pairwise(starts))
+        report, rows = await self._pools.evaluator.evaluate(
+            step, samples, [proxy[a:b] for a, b in bounds], [sft[a:b] for a, b in bounds]
+        )
+        self._log.evaluation(report)
+        self._log.samples(rows)

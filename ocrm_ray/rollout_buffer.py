@@ -1,0 +1,139 @@
+"""Rollouts between generation and training: pacing, bounded staleness, stragglers.
+
+Let B be the prompts a step, S the staleness bound, p the published version. Producers may have issued at most
+(p + S + 1) * B prompts in all. Of these v * B are trained on when the trainer is at version v, so at most B that
+were issued at or before version v - S can be left: they fit into the next batch, and nothing is ever thrown away.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ocrm_ray.records import Rollout
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A prompt that was issued: when, and what became of it."""
+
+    issue_version: int
+    rollout: Rollout | None = None
+    completion_order: int = -1
+
+
+class RolloutBuffer:
+    """Slots of one run's rollouts: issued -> scored -> taken.
+
+    Producer: ``await wait_for_slot()``, ``issue(id)``, then ``put(id, rollout)`` when it is scored.
+    Trainer: ``batch = await take(version)``, then ``publish(version + 1)`` once the engines have the new weights.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_staleness: int,
+        num_total: int,
+        reissue: Callable[[str], bool] | None,
+    ) -> None:
+        """``num_total``: prompts that the whole run uses. ``reissue``: starts a late prompt again and says whether it
+        could (not where its samples are there and only their scores are missing); None: training waits."""
+        self.batch_size = batch_size
+        self.max_staleness = max_staleness
+        self.published_version = 0
+        self.num_reissued = 0
+        self.straggler_wait_s = 0.0
+        self._num_issued = 0
+        self._num_total = num_total
+        self._num_completed = 0
+        self._reissue = reissue
+        self._slots: dict[str, InFlight] = {}
+        self._changed = asyncio.Condition()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Issued prompts whose rollouts are not scored yet."""
+        return sum(slot.rollout is None for slot in self._slots.values())
+
+    def ready(self) -> dict[str, Rollout]:
+        """Scored rollouts that wait for training, by request id."""
+        return {key: slot.rollout for key, slot in self._slots.items() if slot.rollout is not None}
+
+    def _num_ready(self) -> int:
+        return len(self._slots) - self.num_in_flight
+
+    def _num_allowed(self) -> int:
+        return min((self.published_version + self.max_staleness + 1) * self.batch_size, self._num_total)
+
+    async def wait_for_slot(self) -> bool:
+        """Wait until another prompt may be issued; False once the run has issued all it needs."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._num_issued < self._num_allowed() or self._num_issued >= self._num_total
+            )
+        return self._num_issued < self._num_total
+
+    def issue(self, request_id: str) -> None:
+        """Take a slot for a prompt that goes to the engines now."""
+        assert self._num_issued < self._num_allowed(), "issued beyond the staleness bound"
+        assert request_id not in self._slots
+        self._slots[request_id] = InFlight(self.published_version)
+        self._num_issued += 1
+
+    async def put(self, request_id: str, rollout: Rollout) -> None:
+        """Hand in a scored rollout."""
+        slot = self._slots[request_id]
+        assert slot.rollout is None, "scored twice"
+        assert rollout.scores is not None, "handed in without scores"
+        slot.rollout, slot.completion_order = rollout, self._num_completed
+        self._num_completed += 1
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def publish(self, version: int) -> None:
+        """The engines have ``version``: producers may go further."""
+        assert version >= self.published_version
+        self.published_version = version
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def take(self, version: int) -> dict[str, Rollout]:
+        """The batch for the update of ``version``: what would be too old next time first, then by completion."""
+        async with self._changed:
+            loop, late_since = asyncio.get_running_loop(), None
+            while not self._is_complete(version):
+                if late_since is None and self._num_ready() >= self.batch_size:
+                    late_since = loop.time()
+                await self._changed.wait()
+            self.straggler_wait_s += loop.time() - late_since if late_since is not None else 0.0
+        batch = self._select(version)
+        for request_id, rollout in batch.items():
+            del self._slots[request_id]
+            assert rollout.first_version >= version - self.max_staleness, (
+                f"rollout {request_id} began at version {rollout.first_version}, "
+                f"older than {version} - {self.max_staleness}"
+            )
+        return batch
+
+    def _due(self, version: int) -> dict[str, InFlight]:
+        """What would be older than the bound at the update after this one."""
+        oldest_next = version + 1 - self.max_staleness
+        return {key: slot for key, slot in self._slots.items() if slot.issue_version < oldest_next}
+
+    def _is_complete(self, version: int) -> bool:
+        if self._num_ready() < self.batch_size:
+            return False
+        self._reissue_late(version)
+        return all(slot.rollout is not None for slot in self._due(version).values())
+
+    def _reissue_late(self, version: int) -> None:
+        """Enough others are ready: what is late at the bound starts again, if the run is configured so."""
+        for request_id, slot in self._due(version).items():
+            if slot.rollout is None and self._reissue is not None and self._reissue(request_id):
+                slot.issue_version = self.published_version
+                self.num_reissued += 1
+
+    def _select(self, version: int) -> dict[str, Rollout]:
+        due, ready = self._due(version), self.ready()
+        assert len(due) <= self.batch_size, "more rollouts at the staleness bound than a batch holds"
+        order = sorted(ready, key=lambda key: (key not in due, self._slots[key].completion_order))
+        return {key: ready[key] for key in order[: self.batch_size]}

@@ -1,0 +1,117 @@
+"""The two pumps between prompts and training: one issues prompts to the engines, one scores what they finish."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ocrm_ray.config import RunConfig
+from ocrm_ray.pools import GenerationPool
+from ocrm_ray.records import GenerationRequest, Prompt, Rollout
+from ocrm_ray.rollout_buffer import RolloutBuffer
+from ocrm_ray.rollout_scoring import RolloutScorer
+
+INCARNATION = 1
+"""A run that goes back to a checkpoint counts up; what carries another number is dropped."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """The latest request for a prompt's rollout."""
+
+    prompt: Prompt
+    seed: int
+    number: int
+    task: "asyncio.Task[None]"
+
+
+class RolloutPump:
+    """``issue`` waits for a free slot and is unblocked by a publish; ``score`` waits for finished rollouts.
+
+    Neither ever waits for a correction. ``pause`` and ``resume`` serve the blocking schedule alone.
+    """
+
+    def __init__(
+        self, config: RunConfig, generation: GenerationPool, scorer: RolloutScorer, prompts: Iterator[Prompt]
+    ) -> None:
+        self.settings = config.rollout
+        self.buffer = RolloutBuffer(
+            batch_size=config.rollout.prompts_per_step,
+            max_staleness=config.rollout.max_staleness,
+            num_total=config.rollout.prompts_per_step * config.policy.num_updates,
+            reissue=self._reissue if config.rollout.straggler == "reissue" else None,
+        )
+        self._seed = config.seed
+        self._generation = generation
+        self._scorer = scorer
+        self._prompts = prompts
+        self._attempts: dict[str, Attempt] = {}
+        self._finished: asyncio.Queue[tuple[str, Rollout]] = asyncio.Queue()
+        self._may_issue = asyncio.Event()
+        self._may_issue.set()
+        self._tasks: asyncio.TaskGroup | None = None
+
+    @property
+    def requests(self) -> "list[asyncio.Task[None]]":
+        """Requests that the engines work on."""
+        return [attempt.task for attempt in self._attempts.values()]
+
+    def pause(self) -> None:
+        """Issue nothing until ``resume``."""
+        self._may_issue.clear()
+
+    def resume(self) -> None:
+        self._may_issue.set()
+
+    async def issue(self, tasks: asyncio.TaskGroup) -> None:
+        """Issue every prompt of the run, as slots fall free."""
+        self._tasks = tasks
+        number = 0
+        while await self.buffer.wait_for_slot():
+            await self._may_issue.wait()
+            slot_id = f"rollout-{number}"
+            self.buffer.issue(slot_id)
+            seed = (self._seed * 1_000_003 + number * self.settings.samples_per_prompt) % 2**31
+            self._request(slot_id, next(self._prompts), seed, attempt=0)
+            number += 1
+
+    async def score(self) -> None:
+        """Score whatever is finished, together, and hand it to the trainer."""
+        while True:
+            slot_id, rollout = await self._finished.get()
+            finished = {slot_id: rollout}
+            while not self._finished.empty():
+                slot_id, rollout = self._finished.get_nowait()
+                finished[slot_id] = rollout
+            for slot_id, scored in (await self._scorer.score(finished)).items():
+                await self.buffer.put(slot_id, scored)
+
+    def _request(self, slot_id: str, prompt: Prompt, seed: int, attempt: int) -> None:
+        assert self._tasks is not None
+        request = GenerationRequest(
+            request_id=f"{slot_id}-{attempt}",
+            prompt=prompt,
+            num_samples=self.settings.samples_per_prompt,
+            max_new_tokens=self.settings.max_new_tokens,
+            temperature=self.settings.temperature,
+            seed=seed,
+            top_p=self.settings.top_p,
+            top_k=self.settings.top_k,
+        )
+        task = self._tasks.create_task(self._generate(slot_id, request))
+        self._attempts[slot_id] = Attempt(prompt, seed, attempt, task)
+
+    async def _generate(self, slot_id: str, request: GenerationRequest) -> None:
+        samples = await self._generation.generate(request)
+        del self._attempts[slot_id]
+        self._finished.put_nowait((slot_id, Rollout(request.prompt, samples, INCARNATION)))
+
+    def _reissue(self, slot_id: str) -> bool:
+        """Abort a late request and issue its prompt again; False if its samples are there already."""
+        late = self._attempts.get(slot_id)
+        if late is None:
+            return False
+        assert self._tasks is not None
+        late.task.cancel()
+        self._tasks.create_task(self._generation.abort(f"{slot_id}-{late.number}"))
+        self._request(slot_id, late.prompt, late.seed, late.number + 1)
+        return True

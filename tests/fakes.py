@@ -1,0 +1,246 @@
+"""In-process pools with levers: every duration, failure and answer is set by the test."""
+
+import asyncio
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ocrm_ray.config import RunConfig
+from ocrm_ray.pools import Pools
+from ocrm_ray.records import (
+    Calibration,
+    EvaluationReport,
+    GenerationRequest,
+    PolicyWeights,
+    Prompt,
+    PublishReport,
+    RefitReport,
+    RefitRequest,
+    Rollout,
+    Sample,
+    Sequence,
+    UpdateReport,
+)
+
+Duration = Callable[[int], float]
+"""Seconds of the n-th call."""
+
+
+@dataclass
+class FakeGeneration:
+    """Engines with ``num_slots`` places; a request keeps one for ``seconds(n)``."""
+
+    seconds: Duration = lambda n: 1.0
+    num_slots: int = 1000
+    publish_s: float = 0.1
+    version: int = 0
+    num_calls: int = 0
+    finished: list[tuple[float, str]] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    fail_at: int | None = None
+
+    def __post_init__(self) -> None:
+        self.slots = asyncio.Semaphore(self.num_slots)
+
+    async def generate(self, request: GenerationRequest) -> tuple[Sample, ...]:
+        number = self.num_calls
+        self.num_calls += 1
+        if not request.request_id.startswith("heldout"):
+            self.prompts.append(request.prompt.prompt_id)
+        if self.fail_at == number:
+            raise RuntimeError("engine fell over")
+        async with self.slots:
+            first = self.version
+            await asyncio.sleep(self.seconds(number))
+        self.finished.append((asyncio.get_running_loop().time(), request.request_id))
+        sequence = Sequence(request.prompt.token_ids, (1, 2), True)
+        logprobs = np.zeros(2, dtype=np.float32)
+        return tuple(Sample(sequence, logprobs, first, self.version) for _ in range(request.num_samples))
+
+    async def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+    async def load_weights(self, weights: PolicyWeights) -> PublishReport:
+        await asyncio.sleep(self.publish_s)
+        self.version = weights.version
+        return PublishReport(weights.version, weights.num_bytes, self.publish_s, self.publish_s)
+
+    async def score(self, sequences: Seq[Sequence]) -> list[np.ndarray]:
+        return [np.zeros(len(sequence.response_ids), dtype=np.float32) for sequence in sequences]
+
+
+@dataclass
+class FakePolicy:
+    """A trainer that refuses what it may not train on, and remembers what it did."""
+
+    update_s: Duration = lambda n: 1.0
+    version: int = 0
+    reward_version: int = 0
+    anchor_version: int = 0
+    busy: bool = False
+    updates: list[tuple[float, list[Rollout]]] = field(default_factory=list)
+    commits: list[tuple[float, str, int]] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+    fail_at: int | None = None
+
+    async def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
+        for rollout in rollouts:
+            for scores in rollout.scores or ():
+                assert (scores.reward_version, scores.anchor_version) == (self.reward_version, self.anchor_version)
+                assert scores.reward == self.reward_version, "scored by the version it claims"
+            assert rollout.scores is not None
+        self.busy = True
+        await asyncio.sleep(self.update_s(self.version))
+        self.busy = False
+        if self.fail_at == self.version:
+            raise RuntimeError("optimiser exploded")
+        self.version += 1
+        self.updates.append((asyncio.get_running_loop().time(), list(rollouts)))
+        return UpdateReport(self.version, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0)
+
+    async def export_weights(self) -> PolicyWeights:
+        return PolicyWeights(self.version, Path(f"/nowhere/policy-v{self.version}"), 8)
+
+    async def release_weights(self, weights: PolicyWeights) -> None: ...
+
+    async def logprobs(self, sequences: Seq[Sequence]) -> list[np.ndarray]:
+        return [np.zeros(len(sequence.response_ids), dtype=np.float32) for sequence in sequences]
+
+    async def stage(self, promotion_id: str, refit: RefitReport | None) -> None: ...
+
+    async def commit(self, promotion_id: str, reward_version: int, anchor_version: int) -> None:
+        assert not self.busy, "a promotion in the middle of an update"
+        self.reward_version, self.anchor_version = reward_version, anchor_version
+        self.commits.append((asyncio.get_running_loop().time(), promotion_id, self.version))
+
+    async def save(self, name: str) -> None:
+        self.saved.append(name)
+
+
+@dataclass
+class FakeScoring:
+    """Anchor and SFT log-probs of zero, ratios after ``ratio_s``."""
+
+    score_s: float = 0.1
+    ratio_s: float = 0.5
+    anchor_version: int = 0
+    staged: dict[str, int] = field(default_factory=dict)
+    promoted: str = "live"
+    snapshots: list[int] = field(default_factory=list)
+
+    async def score(self, sequences: Seq[Sequence], anchor: str = "live") -> tuple[list[np.ndarray], list[np.ndarray]]:
+        assert anchor in ("live", self.promoted) or anchor in self.staged
+        await asyncio.sleep(self.score_s)
+        zeros = [np.zeros(len(sequence.response_ids), dtype=np.float32) for sequence in sequences]
+        return zeros, zeros
+
+    async def pair_logprobs(self, weights: PolicyWeights | None, indices: np.ndarray) -> np.ndarray:
+        await asyncio.sleep(self.ratio_s)
+        if weights is not None:
+            self.snapshots.append(weights.version)
+        return np.zeros((len(indices), 2), dtype=np.float32)
+
+    async def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
+        self.staged[promotion_id] = weights.version
+
+    async def commit(self, promotion_id: str, anchor_version: int) -> None:
+        self.anchor_version, self.promoted = self.staged.pop(promotion_id, self.anchor_version), promotion_id
+
+
+@dataclass
+class FakeReward:
+    """A reward model whose score is its version; a refit takes ``refit_s(n)``, for ever with ``inf``."""
+
+    score_s: float = 0.1
+    refit_s: Duration = lambda n: 1.0
+    version: int = 0
+    staged: dict[str, int] = field(default_factory=dict)
+    promoted: str = "live"
+    refits: list[RefitRequest] = field(default_factory=list)
+    num_refitting: int = 0
+    fail_refit: bool = False
+
+    async def score(self, sequences: Seq[Sequence], slot: str = "live") -> np.ndarray:
+        version = self.version if slot in ("live", self.promoted) else self.staged[slot]
+        await asyncio.sleep(self.score_s)
+        return np.full(len(sequences), version, dtype=np.float32)
+
+    async def refit(self, request: RefitRequest) -> RefitReport:
+        self.num_refitting += 1
+        assert self.num_refitting == 1, "two refits at once"
+        self.refits.append(request)
+        seconds = self.refit_s(len(self.refits) - 1)
+        if seconds == float("inf"):
+            await asyncio.Event().wait()
+        await asyncio.sleep(seconds)
+        self.num_refitting -= 1
+        if self.fail_refit:
+            raise RuntimeError("refit diverged")
+        return RefitReport(request.promotion_id, request.reward_version, Path("/nowhere"), 0.5, 0.7, seconds)
+
+    async def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
+        self.staged[promotion_id] = refit.reward_version
+        return Calibration(0.0, 1.0)
+
+    async def commit(self, promotion_id: str, reward_version: int) -> None:
+        self.version, self.promoted = self.staged.pop(promotion_id, self.version), promotion_id
+
+
+@dataclass
+class FakeEvaluator:
+    """Remembers which policy versions it was given."""
+
+    versions: dict[int, set[int]] = field(default_factory=dict)
+
+    async def evaluate(
+        self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[np.ndarray], sft_logprobs: Seq[Seq[np.ndarray]]
+    ) -> tuple[EvaluationReport, list[dict[str, object]]]:
+        self.versions[step] = {s.first_version for group in samples for s in group} | {
+            s.last_version for group in samples for s in group
+        }
+        return EvaluationReport(step, step, 0.0, 0.0, 2.0), []
+
+
+@dataclass
+class FakePools:
+    """The five fakes of one run."""
+
+    generation: FakeGeneration = field(default_factory=FakeGeneration)
+    policy: FakePolicy = field(default_factory=FakePolicy)
+    scoring: FakeScoring = field(default_factory=FakeScoring)
+    reward: FakeReward = field(default_factory=FakeReward)
+    evaluator: FakeEvaluator = field(default_factory=FakeEvaluator)
+
+    def pools(self) -> Pools:
+        return Pools(self.generation, self.policy, self.scoring, self.reward, self.evaluator)
+
+
+def tiny_run(**overrides: object) -> RunConfig:
+    """A run of 12 updates of 4 prompts, corrections every 4; dotted keys override."""
+    tree: dict[str, object] = {"name": "fake", "world": {}}
+    defaults = {
+        "policy.num_updates": 12,
+        "rollout.prompts_per_step": 4,
+        "rollout.samples_per_prompt": 2,
+        "correction.every": 4,
+        "evaluation.every": 6,
+        "evaluation.num_prompts": 3,
+        "evaluation.num_pair_prompts": 1,
+        "evaluation.num_samples_saved": 0,
+        "checkpoint.every": 100,
+    }
+    for key, value in (defaults | overrides).items():
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})  # type: ignore[assignment]
+        node[leaf] = value
+    return RunConfig.model_validate(tree)
+
+
+def prompts(num: int) -> tuple[Prompt, ...]:
+    return tuple(Prompt(index, f"prompt {index}", (index % 7 + 1,)) for index in range(num))

@@ -1,0 +1,253 @@
+"""The coordinator over fakes on a virtual clock: order, overlap, versions, failures; exact and instant."""
+
+import asyncio
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import FakeGeneration, FakePolicy, FakePools, FakeReward, FakeScoring, prompts, tiny_run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from virtual_clock import run_virtual
+
+from ocrm_ray.config import RunConfig
+from ocrm_ray.coordinator import Coordinator, TrainingData
+from ocrm_ray.metrics import RunLog
+from ocrm_ray.records import Sequence
+
+
+async def coordinate(config: RunConfig, fakes: FakePools, run_dir: Path) -> float:
+    """Run to the end; returns the virtual seconds it took."""
+    clock = asyncio.get_running_loop().time
+    data = TrainingData(
+        prompts=itertools.cycle(prompts(50)),
+        heldout=prompts(3),
+        behaviour_logprobs=np.zeros((10, 2), dtype=np.float32),
+        probe=(Sequence((1,), (2,), True),),
+    )
+    with RunLog(run_dir, clock) as log:
+        await Coordinator(config, fakes.pools(), data, log, clock).run()
+    return clock()
+
+
+def run(config: RunConfig, fakes: FakePools, run_dir: Path) -> float:
+    return run_virtual(coordinate(config, fakes, run_dir))
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == name]
+
+
+def metrics(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_refit_that_never_ends_stalls_neither_steps_nor_rollouts(tmp_path: Path) -> None:
+    never, frozen = FakePools(reward=FakeReward(refit_s=lambda n: float("inf"))), FakePools()
+    with_refit_s = run(tiny_run(), never, tmp_path / "never")
+    without_s = run(tiny_run(**{"correction.strategy": "none"}), frozen, tmp_path / "frozen")
+    assert len(never.policy.updates) == 12
+    assert with_refit_s == without_s
+    assert [time for time, _ in never.generation.finished] == [time for time, _ in frozen.generation.finished]
+
+
+def test_max_lag_makes_training_wait_for_a_late_refit(tmp_path: Path) -> None:
+    fakes = FakePools(reward=FakeReward(refit_s=lambda n: 100.0))
+    run(tiny_run(**{"correction.max_lag": 2}), fakes, tmp_path)
+    assert [row["lag_steps"] for row in events(tmp_path, "promoted")] == [2, 2]
+    waits = {row["step"]: row["correction_wait_s"] for row in metrics(tmp_path) if row["correction_wait_s"]}
+    assert set(waits) == {6, 10}
+    assert all(wait > 90 for wait in waits.values())
+
+
+@pytest.mark.parametrize("refit_s", [0.0, 50.0])
+def test_promote_after_promotes_at_the_same_update_whatever_the_refit_takes(tmp_path: Path, refit_s: float) -> None:
+    fakes = FakePools(reward=FakeReward(refit_s=lambda n: refit_s))
+    run(tiny_run(**{"correction.promote_after": 3}), fakes, tmp_path)
+    assert [(row["snapshot_version"], row["policy_version"]) for row in events(tmp_path, "promoted")] == [
+        (4, 7),
+        (8, 11),
+    ]
+
+
+def test_a_quick_refit_is_promoted_at_the_next_boundary_and_never_inside_an_update(tmp_path: Path) -> None:
+    fakes = FakePools(reward=FakeReward(refit_s=lambda n: 0.01), scoring=FakeScoring(ratio_s=0.01))
+    run(tiny_run(), fakes, tmp_path)
+    assert [(identifier, version) for _, identifier, version in fakes.policy.commits] == [
+        ("snapshot-4", 5),
+        ("snapshot-8", 9),
+    ]
+
+
+def test_blocking_stops_rollouts_and_promotes_with_no_lag(tmp_path: Path) -> None:
+    fakes = FakePools(reward=FakeReward(refit_s=lambda n: 40.0))
+    run(tiny_run(**{"correction.schedule": "blocking", "rollout.max_staleness": 0}), fakes, tmp_path)
+    assert [row["lag_steps"] for row in events(tmp_path, "promoted")] == [0, 0]
+    started, promoted = events(tmp_path, "correction_started"), events(tmp_path, "promoted")
+    for start, end in zip(started, promoted, strict=True):
+        inside = [time for time, _ in fakes.generation.finished if start["time_s"] < time < end["time_s"]]
+        assert not inside
+
+
+def test_rollouts_finish_inside_every_correction_window_when_overlapped(tmp_path: Path) -> None:
+    fakes = FakePools(reward=FakeReward(refit_s=lambda n: 2.0))
+    run(tiny_run(), fakes, tmp_path)
+    started, promoted = events(tmp_path, "correction_started"), events(tmp_path, "promoted")
+    assert len(promoted) == 2
+    for start, end in zip(started, promoted, strict=True):
+        assert any(start["time_s"] < time < end["time_s"] for time, _ in fakes.generation.finished)
+
+
+def test_the_ratios_are_those_of_the_snapshot_of_the_multiple_of_k(tmp_path: Path) -> None:
+    fakes = FakePools(reward=FakeReward(refit_s=lambda n: 2.0))
+    run(tiny_run(), fakes, tmp_path)
+    assert fakes.scoring.snapshots == [4, 8]
+
+
+def test_what_falls_due_during_a_correction_starts_at_the_next_promotion_and_is_counted(tmp_path: Path) -> None:
+    fakes = FakePools(reward=FakeReward(refit_s=lambda n: 100.0))
+    run(tiny_run(**{"correction.every": 2, "correction.promote_after": 5}), fakes, tmp_path)
+    assert [row["snapshot_version"] for row in events(tmp_path, "correction_started")] == [2, 7]
+    assert sum(row["num_deferred_corrections"] or 0 for row in metrics(tmp_path)) == 2 + 2
+
+
+def test_a_moving_anchor_becomes_the_snapshot_that_the_reward_model_is_right_for(tmp_path: Path) -> None:
+    fakes = FakePools()
+    run(tiny_run(**{"correction.kl_reference": "moving"}), fakes, tmp_path)
+    assert [row["anchor_version"] for row in events(tmp_path, "promoted")] == [4, 8]
+    assert fakes.scoring.anchor_version == 8
+    assert fakes.policy.anchor_version == 8
+
+
+def test_none_is_a_null_correction_promoted_on_the_same_schedule(tmp_path: Path) -> None:
+    keys = {"correction.kl_reference": "moving", "correction.promote_after": 2}
+    frozen, ocrm = FakePools(), FakePools()
+    run(tiny_run(**keys, **{"correction.strategy": "none"}), frozen, tmp_path / "none")
+    run(tiny_run(**keys), ocrm, tmp_path / "ocrm")
+    schedule = [
+        [(row["snapshot_version"], row["policy_version"], row["anchor_version"]) for row in events(folder, "promoted")]
+        for folder in (tmp_path / "none", tmp_path / "ocrm")
+    ]
+    assert schedule[0] == schedule[1] == [(4, 6, 4), (8, 10, 8)]
+    assert not frozen.reward.refits
+    assert frozen.policy.reward_version == 0
+
+
+def test_the_queue_is_scored_by_the_candidate_before_it_goes_live(tmp_path: Path) -> None:
+    fakes = FakePools(reward=FakeReward(refit_s=lambda n: 2.0), generation=FakeGeneration(seconds=lambda n: 0.2))
+    run(tiny_run(**{"rollout.max_staleness": 2}), fakes, tmp_path)
+    assert events(tmp_path, "promoted")
+    assert sum(row["num_rescored_late"] or 0 for row in metrics(tmp_path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("fakes", "message"),
+    [
+        (lambda: FakePools(reward=FakeReward(fail_refit=True)), "refit diverged"),
+        (lambda: FakePools(policy=FakePolicy(fail_at=3)), "optimiser exploded"),
+        (lambda: FakePools(generation=FakeGeneration(fail_at=9)), "engine fell over"),
+    ],
+)
+def test_a_failing_task_ends_the_run_with_its_own_error(tmp_path: Path, fakes: object, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run(tiny_run(), fakes(), tmp_path)  # type: ignore[operator]
+
+
+def test_an_evaluation_samples_one_exact_version(tmp_path: Path) -> None:
+    fakes = FakePools(generation=FakeGeneration(seconds=lambda n: 3.0 if n % 5 else 9.0))
+    run(tiny_run(), fakes, tmp_path)
+    assert fakes.evaluator.versions == {0: {0}, 6: {6}, 12: {12}}
+
+
+def test_generation_and_training_overlap(tmp_path: Path) -> None:
+    fakes = FakePools(generation=FakeGeneration(seconds=lambda n: 2.0), policy=FakePolicy(update_s=lambda n: 2.0))
+    sequential, overlapped = FakePools(), FakePools()
+    for pools in (sequential, overlapped):
+        pools.generation.seconds = fakes.generation.seconds
+        pools.policy.update_s = fakes.policy.update_s
+    without_s = run(tiny_run(**{"rollout.max_staleness": 0}), sequential, tmp_path / "0")
+    with_s = run(tiny_run(**{"rollout.max_staleness": 1}), overlapped, tmp_path / "1")
+    assert with_s < 0.7 * without_s
+
+
+def test_a_straggler_at_the_bound_is_waited_for_and_the_seconds_reported(tmp_path: Path) -> None:
+    fakes = FakePools(generation=FakeGeneration(seconds=lambda n: 60.0 if n == 5 else 1.0))
+    run(tiny_run(), fakes, tmp_path)
+    assert not fakes.generation.aborted
+    assert sum(row["straggler_wait_s"] or 0 for row in metrics(tmp_path)) > 50
+
+
+def test_a_straggler_at_the_bound_is_reissued_and_counted(tmp_path: Path) -> None:
+    fakes = FakePools(generation=FakeGeneration(seconds=lambda n: 1e6 if n == 5 else 1.0))
+    total_s = run(tiny_run(**{"rollout.straggler": "reissue"}), fakes, tmp_path)
+    assert total_s < 1000
+    assert len(fakes.generation.aborted) == 1
+    assert sum(row["num_reissued"] or 0 for row in metrics(tmp_path)) == 1
+
+
+def test_every_prompt_is_trained_on_once_and_none_thrown_away(tmp_path: Path) -> None:
+    fakes = FakePools(generation=FakeGeneration(seconds=lambda n: 1.0 + (n * 7919 % 13)))
+    run(tiny_run(**{"rollout.max_staleness": 3}), fakes, tmp_path)
+    trained = [rollout.prompt.prompt_id for _, batch in fakes.policy.updates for rollout in batch]
+    assert sorted(trained) == sorted(index % 50 for index in range(48))
+
+
+legal_runs = st.fixed_dictionaries(
+    {
+        "policy.num_updates": st.integers(1, 9),
+        "rollout.prompts_per_step": st.integers(1, 5),
+        "rollout.max_staleness": st.integers(0, 4),
+        "rollout.straggler": st.sampled_from(["wait", "reissue"]),
+        "correction.every": st.integers(1, 5),
+        "correction.strategy": st.sampled_from(["none", "refit", "ocrm"]),
+        "correction.kl_reference": st.sampled_from(["moving", "sft"]),
+        "evaluation.every": st.integers(1, 4),
+        "evaluation.num_prompts": st.just(3),
+    }
+)
+schedules = st.one_of(
+    st.just({"correction.schedule": "blocking"}),
+    st.fixed_dictionaries({"correction.promote_after": st.integers(1, 7)}),
+    st.fixed_dictionaries({"correction.max_lag": st.integers(1, 7)}),
+    st.just({}),
+)
+
+
+@given(
+    keys=legal_runs,
+    schedule=schedules,
+    seconds=st.lists(st.floats(0, 20), min_size=1, max_size=6),
+    speeds=st.tuples(*[st.floats(0, 10)] * 4),
+    num_slots=st.integers(1, 8),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_legal_setting_deadlocks_or_passes_the_staleness_bound(
+    tmp_path_factory: pytest.TempPathFactory,
+    keys: dict[str, object],
+    schedule: dict[str, object],
+    seconds: list[float],
+    speeds: tuple[float, float, float, float],
+    num_slots: int,
+) -> None:
+    update_s, refit_s, publish_s, score_s = speeds
+    fakes = FakePools(
+        generation=FakeGeneration(lambda n: seconds[n % len(seconds)], num_slots, publish_s),
+        policy=FakePolicy(update_s=lambda n: update_s),
+        scoring=FakeScoring(score_s=score_s),
+        reward=FakeReward(score_s=score_s, refit_s=lambda n: refit_s),
+    )
+    config = tiny_run(**keys, **schedule)
+    run_dir = tmp_path_factory.mktemp("run")
+    run(config, fakes, run_dir)
+    assert len(fakes.policy.updates) == config.policy.num_updates
+    for version, (_, batch) in enumerate(fakes.policy.updates):
+        assert len(batch) == config.rollout.prompts_per_step
+        assert min(rollout.first_version for rollout in batch) >= version - config.rollout.max_staleness
+    lags = [row["lag_steps"] for row in events(run_dir, "promoted")]
+    if "correction.promote_after" in schedule:
+        assert set(lags) <= {schedule["correction.promote_after"]}
+    if "correction.max_lag" in schedule:
+        assert all(lag <= schedule["correction.max_lag"] for lag in lags)
