@@ -1,0 +1,121 @@
+"""Importance weights of preference pairs: how much likelier the policy is to write a pair than its author was.
+
+w = exp(m * (ell(chosen) + ell(rejected))), where ell is a response's (relative) log density ratio between the
+policy and the behaviour model (off-policy corrected reward modeling, arXiv 2507.15507). The label's law and the
+prompt's cancel, so the weight of a pair is the product over its two responses. m < 1 flattens the weights
+(Shimodaira 2000); alpha > 0 bounds the ratio by 1 / alpha (relative density ratio, Yamada et al. 2011).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+RELEASED_FLOOR = 1e-36
+"""Added inside the published code's logarithm: below log-probs of about -83 it outweighs both densities."""
+
+LOG_SMALLEST, LOG_LARGEST = math.log(torch.finfo(torch.float32).tiny), math.log(torch.finfo(torch.float32).max)
+"""Losses are taken in float32: a largest weight outside would train on nothing, or on infinity."""
+
+
+class WeightRule(TypedDict):
+    """How weights follow from log-probs; see ``pair_weights``."""
+
+    formula: Literal["exact", "as_released"]
+    alpha: float
+    m: float
+    clip: float | None
+    normalise: bool
+
+
+@dataclass(frozen=True)
+class PairWeights:
+    """Weights [N] and their logarithms [N], float64, without gradient; a weight may underflow, its logarithm not."""
+
+    weights: Tensor
+    log_weights: Tensor
+
+
+@dataclass(frozen=True)
+class WeightDiagnostics:
+    """Effective sample size as a share of N, the largest weight, and the spread of the log-weights."""
+
+    ess_fraction: float
+    max_weight: float
+    log_weight_std: float
+
+
+def log_relative_ratio(policy: Tensor, behaviour: Tensor, alpha: float) -> Tensor:
+    """log(p / (alpha * p + (1 - alpha) * q)) in float64, of sequence log-probs log p and log q of one shape.
+
+    Only log p - log q enters, so no length of response can overflow or cancel. At most log(1 / alpha);
+    alpha = 0 gives the plain log p - log q. Raises ValueError unless 0 <= alpha < 1.
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must be at least 0 and below 1, got {alpha}")
+    log_ratio = policy.double() - behaviour.double()
+    if alpha == 0:
+        return log_ratio
+    log_alpha = torch.full_like(log_ratio, math.log(alpha))
+    return -torch.logaddexp(log_alpha, math.log1p(-alpha) - log_ratio)
+
+
+def released_log_ratio(policy: Tensor, behaviour: Tensor, alpha: float) -> Tensor:
+    """The published code's log p - log(alpha * p + (1 - alpha) * q + 1e-36), float32; alpha <= 0: log p - log q.
+
+    Where both log-probs are below about -83 this is log p + 82.9, not a ratio: use it only to reproduce.
+    """
+    log_p, log_q = policy.float(), behaviour.float()
+    if alpha <= 0:
+        return log_p - log_q
+    return log_p - torch.log(alpha * log_p.exp() + (1 - alpha) * log_q.exp() + RELEASED_FLOOR)
+
+
+@torch.no_grad()
+def pair_weights(policy: Tensor, behaviour: Tensor, **rule: Unpack[WeightRule]) -> PairWeights:
+    """Weights [N] of N pairs from summed log-probs [N, 2] of (chosen, rejected) under policy and behaviour model.
+
+    ``formula`` and ``alpha`` give the log-ratio of a response, ``m`` the exponent. Then ``clip`` bounds the weight
+    from above (None: not), and ``normalise`` divides by the mean weight of these N. All in log space.
+    Raises ValueError where a log-prob is not finite, or the largest weight, left unnormalised, is 0 or infinite in
+    float32.
+    """
+    shapes = f"policy {tuple(policy.shape)}, behaviour {tuple(behaviour.shape)}"
+    assert policy.shape == behaviour.shape == (len(policy), 2), f"one row (chosen, rejected) a pair: {shapes}"
+    if len(policy) == 0:
+        raise ValueError("there are no pairs to weight")
+    if not (policy.isfinite().all() and behaviour.isfinite().all()):
+        raise ValueError("the pairs' log-probs are not all finite")
+    log_ratio = released_log_ratio if rule["formula"] == "as_released" else log_relative_ratio
+    log_weights = (rule["m"] * log_ratio(policy, behaviour, rule["alpha"]).sum(dim=1)).double()
+    if rule["clip"] is not None:
+        log_weights = log_weights.clamp(max=math.log(rule["clip"]))
+    if rule["normalise"]:
+        log_weights = log_weights - (torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights)))
+    largest = float(log_weights.max())
+    if not LOG_SMALLEST <= largest <= LOG_LARGEST:
+        raise ValueError(f"the largest weight is exp({largest:.0f}), out of float32's range: normalise the weights")
+    return PairWeights(weights=log_weights.exp(), log_weights=log_weights)
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """(sum w)^2 / sum w^2 of weights [N] (Kish): N where all are equal, 1 where one has all the weight.
+
+    Raises ValueError where no weight is positive.
+    """
+    largest = weights.max()
+    if not largest > 0:
+        raise ValueError("the effective sample size needs a positive weight")
+    scaled = weights.double() / largest
+    return float(scaled.sum() ** 2 / scaled.square().sum())
+
+
+def weight_statistics(weights: PairWeights) -> WeightDiagnostics:
+    """What every refit reports of its weights; the spread is a population standard deviation."""
+    return WeightDiagnostics(
+        ess_fraction=effective_sample_size(weights.weights) / len(weights.weights),
+        max_weight=float(weights.weights.max()),
+        log_weight_std=float(weights.log_weights.std(correction=0)),
+    )

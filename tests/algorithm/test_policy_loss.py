@@ -1,0 +1,97 @@
+"""The clipped policy and value losses: hand-computed values, and where gradients stop."""
+
+import math
+
+import pytest
+import torch
+
+from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss
+
+RATIOS = torch.tensor([[0.5, 1.0, 1.5, 0.5, 1.0, 1.5]], dtype=torch.float64)
+ADVANTAGES = torch.tensor([[2.0, 2.0, 2.0, -2.0, -2.0, -2.0]], dtype=torch.float64)
+ALL = torch.ones(1, 6, dtype=torch.bool)
+
+
+def test_policy_loss_by_hand():
+    loss, clip_share = clipped_policy_loss(RATIOS.log(), torch.zeros_like(RATIOS), ADVANTAGES, ALL, 0.2)
+    assert loss.item() == pytest.approx((-1.0 - 2.0 - 2.4 + 1.6 + 2.0 + 3.0) / 6)
+    assert clip_share.item() == pytest.approx(2 / 6)
+
+
+def test_policy_gradient_stops_only_where_the_step_would_go_further_out():
+    logprobs = RATIOS.log().requires_grad_()
+    clipped_policy_loss(logprobs, torch.zeros_like(RATIOS), ADVANTAGES, ALL, 0.2)[0].backward()
+    expected = -ADVANTAGES * RATIOS / 6
+    expected[0, 2] = expected[0, 3] = 0.0  # ratio 1.5 with a gain, ratio 0.5 with a loss
+    torch.testing.assert_close(logprobs.grad, expected)
+
+
+def test_on_policy_gradient_is_that_of_reinforce():
+    generator = torch.Generator().manual_seed(0)
+    logprobs, advantages = torch.randn(2, 3, 5, generator=generator)
+    mask = torch.rand(3, 5, generator=generator) < 0.6
+    logprobs.requires_grad_()
+    loss, clip_share = clipped_policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, -advantages * mask / mask.sum())
+    assert clip_share == 0
+
+
+def test_policy_loss_is_a_mean_over_tokens_not_over_sequences():
+    advantages = torch.tensor([[1.0, 1.0, 1.0], [5.0, 0.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    loss, _ = clipped_policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), advantages, mask, 0.2)
+    assert loss.item() == pytest.approx(-2.0)
+
+
+def test_what_padding_holds_reaches_neither_policy_loss_nor_gradient():
+    mask = torch.tensor([[True, False, False]])
+    logprobs = torch.tensor([[-1.0, 500.0, -1.0]], requires_grad=True)
+    old_logprobs = torch.tensor([[-1.0, -500.0, math.nan]])
+    loss, clip_share = clipped_policy_loss(logprobs, old_logprobs, torch.tensor([[3.0, 1.0, math.nan]]), mask, 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-3.0)
+    assert clip_share == 0
+    assert logprobs.grad.tolist() == [[-3.0, 0.0, 0.0]]
+
+
+def test_a_batch_with_nothing_unmasked_has_loss_and_gradient_zero():
+    logprobs = torch.zeros(1, 2, requires_grad=True)
+    mask = torch.zeros(1, 2, dtype=torch.bool)
+    loss, clip_share = clipped_policy_loss(logprobs, torch.ones(1, 2), torch.ones(1, 2), mask, 0.2)
+    (loss + clipped_value_loss(logprobs, torch.ones(1, 2), torch.ones(1, 2), mask, 0.2)).backward()
+    assert (loss.item(), clip_share.item()) == (0.0, 0.0)
+    assert logprobs.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_value_loss_by_hand():
+    values = torch.tensor([[0.1, 1.0, -1.0, 0.0]])
+    returns = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    loss = clipped_value_loss(values, torch.zeros(1, 4), returns, torch.ones(1, 4).bool(), 0.2)
+    # within: 0.9^2; held at 0.2: 0.8^2 beats 0; held at -0.2: the true 2^2 is larger; exact: 0
+    assert loss.item() == pytest.approx((0.81 + 0.64 + 4.0 + 0.0) / 4 / 2)
+
+
+def test_value_gradient_stops_where_the_held_value_has_the_larger_error():
+    values = torch.tensor([[0.1, 1.0, -1.0, 0.0]], requires_grad=True)
+    returns = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    clipped_value_loss(values, torch.zeros(1, 4), returns, torch.ones(1, 4).bool(), 0.2).backward()
+    torch.testing.assert_close(values.grad, torch.tensor([[-0.9, 0.0, -2.0, 0.0]]) / 4)
+
+
+def test_value_loss_with_a_wide_clip_is_half_the_mean_squared_error():
+    generator = torch.Generator().manual_seed(1)
+    values, old_values, returns = torch.randn(3, 4, 6, generator=generator)
+    mask = torch.rand(4, 6, generator=generator) < 0.5
+    expected = (values - returns)[mask].square().mean() / 2
+    torch.testing.assert_close(clipped_value_loss(values, old_values, returns, mask, 100.0), expected)
+
+
+def test_what_padding_holds_reaches_neither_value_loss_nor_gradient():
+    values = torch.tensor([[1.0, 7.0, 7.0]], requires_grad=True)
+    returns = torch.tensor([[3.0, math.nan, math.nan]])
+    old_values = torch.tensor([[1.0, 7.0, math.inf]])
+    loss = clipped_value_loss(values, old_values, returns, torch.tensor([[True, False, False]]), 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(2.0)
+    assert values.grad.tolist() == [[-2.0, 0.0, 0.0]]
