@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 from ocrm_ray.algorithm.schedule import CorrectionClock, CorrectionSchedule
 from ocrm_ray.config import RunConfig
-from ocrm_ray.correction import Candidate, CorrectionPools, Corrector
+from ocrm_ray.correction import Candidate, CorrectionPools, Corrector, PairData
 from ocrm_ray.heldout import HeldoutPolicy
 from ocrm_ray.metered import MeteredPools
 from ocrm_ray.metrics import RunLog
 from ocrm_ray.pools import Pools
-from ocrm_ray.records import FloatArray, PolicyWeights, Prompt, Rollout, Sequence, UpdateReport
+from ocrm_ray.records import PolicyWeights, Prompt, Rollout, Sequence, UpdateReport
 from ocrm_ray.rollout_buffer import RolloutBuffer
 from ocrm_ray.rollout_pump import RolloutPump
 from ocrm_ray.rollout_scoring import RolloutScorer
@@ -34,12 +34,11 @@ from ocrm_ray.weight_publisher import WeightPublisher
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """What a run trains and is measured on. ``behaviour_logprobs`` [N, 2]: of all training pairs; ``probe``: the
-    sequences on which engine and trainer are compared."""
+    """What a run trains and is measured on; ``probe``: the sequences on which engine and trainer are compared."""
 
     prompts: Iterator[Prompt]
     heldout: tuple[Prompt, ...]
-    behaviour_logprobs: FloatArray
+    pairs: PairData
     probe: tuple[Sequence, ...]
 
 
@@ -63,7 +62,7 @@ class Coordinator:
             make_strategy(self.settings),
             CorrectionPools(self.pools.scoring, self.pools.reward, self.pools.policy),
             self.scorer,
-            data.behaviour_logprobs,
+            data.pairs,
             config.seed,
         )
         self.publisher = WeightPublisher(self.pools.generation, self.pools.policy, config.probe, log.event)
@@ -99,6 +98,7 @@ class Coordinator:
             self._evaluate(tasks, step)
             self._record(batch, update)
             await self._checkpoint(step)
+        await self.pools.policy.save("policy")
         await self.heldout.finish()
 
     async def _take(self, version: int) -> list[Rollout]:

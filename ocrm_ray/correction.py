@@ -25,6 +25,15 @@ class CorrectionPools:
 
 
 @dataclass(frozen=True, slots=True)
+class PairData:
+    """The N training pairs. ``behaviour_logprobs`` [N, 2]: summed log-probs under who wrote them; None where the
+    strategy needs no ratios."""
+
+    num_training: int
+    behaviour_logprobs: FloatArray | None
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A prepared correction: everything is loaded and scored, only the switch is missing."""
 
@@ -44,17 +53,16 @@ class Corrector:
         strategy: Strategy,
         pools: CorrectionPools,
         scorer: RolloutScorer,
-        behaviour_logprobs: FloatArray,
+        pairs: PairData,
         seed: int,
     ) -> None:
-        """``behaviour_logprobs`` [N, 2]: summed log-probs of all N training pairs under who wrote them."""
         self.settings = settings
         self.strategy = strategy
         self.emit: Callable[..., None] = lambda event, **fields: None
         self.queue: Callable[[], Mapping[str, Rollout]] = dict
         self._pools = pools
         self._scorer = scorer
-        self._behaviour_logprobs = behaviour_logprobs
+        self._pairs = pairs
         self._seed = seed
 
     async def prepare(self, snapshot: PolicyWeights) -> Candidate:
@@ -91,7 +99,7 @@ class Corrector:
 
     def _draw_pairs(self, snapshot_version: int) -> IntArray:
         """Which training pairs this refit uses, drawn anew for each."""
-        num_all = len(self._behaviour_logprobs)
+        num_all = self._pairs.num_training
         num_used = min(self.settings.num_pairs or num_all, num_all)
         generator = np.random.default_rng([self._seed, snapshot_version])
         return np.sort(generator.permutation(num_all)[:num_used]).astype(np.int64)
@@ -99,8 +107,9 @@ class Corrector:
     async def _weights(self, snapshot: PolicyWeights, indices: IntArray) -> tuple[FloatArray | None, float | None]:
         if not self.strategy.needs_ratios:
             return None, None
+        assert self._pairs.behaviour_logprobs is not None, "ratios need log-probs under who wrote the pairs"
         policy_logprobs = await self._pools.scoring.pair_logprobs(snapshot, indices)
-        weights = self.strategy.weights(policy_logprobs, self._behaviour_logprobs[indices])
+        weights = self.strategy.weights(policy_logprobs, self._pairs.behaviour_logprobs[indices])
         statistics = weight_statistics(weights)
         self.emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **asdict(statistics))
         return weights.weights.float().numpy(), statistics.ess_fraction

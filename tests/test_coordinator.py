@@ -14,6 +14,7 @@ from virtual_clock import run_virtual
 
 from ocrm_ray.config import RunConfig
 from ocrm_ray.coordinator import Coordinator, TrainingData
+from ocrm_ray.correction import PairData
 from ocrm_ray.metrics import RunLog
 from ocrm_ray.records import Sequence
 
@@ -24,7 +25,7 @@ async def coordinate(config: RunConfig, fakes: FakePools, run_dir: Path) -> floa
     data = TrainingData(
         prompts=itertools.cycle(prompts(50)),
         heldout=prompts(3),
-        behaviour_logprobs=np.zeros((10, 2), dtype=np.float32),
+        pairs=PairData(10, np.zeros((10, 2), dtype=np.float32)),
         probe=(Sequence((1,), (2,), True),),
     )
     with RunLog(run_dir, clock) as log:

@@ -1,0 +1,208 @@
+"""The stages before RL: world -> data -> SFT -> pairs -> labels -> reward model -> log-probs of the pairs.
+
+Each leaves its result in a folder of its own and is skipped while that is there and its inputs are unchanged, or
+where the configuration names a ready one. What needs a network is done by the ``Cluster``.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ocrm_ray.cluster import Cluster, Show
+from ocrm_ray.config import DataFile, RunConfig
+from ocrm_ray.data_files import read_rows
+from ocrm_ray.networks import load_tokenizer
+from ocrm_ray.pair_sampling import sample_pairs
+from ocrm_ray.praise import write_world
+from ocrm_ray.preferences import Pair, load_pairs, read_pairs, split_pairs, write_pairs
+from ocrm_ray.progress import ProgressState
+from ocrm_ray.prompts import load_prompts, read_prompts, split_prompts, write_prompts
+from ocrm_ray.records import FloatArray, Prompt
+from ocrm_ray.stage_folder import StageFolder, file_fingerprint
+from ocrm_ray.strategies import make_strategy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StagePaths:
+    """Where the models and data of a run are: stage results, or the ready ones of the configuration."""
+
+    root: Path
+    policy_base: str
+    """What SFT starts from."""
+    sft: str
+    reward_base: str
+    """What the first reward model starts from."""
+    reward: str
+
+    @property
+    def train_pairs(self) -> Path:
+        return self.root / "pairs" / "train.jsonl"
+
+    @property
+    def heldout_pairs(self) -> Path:
+        return self.root / "pairs" / "heldout.jsonl"
+
+
+def stage_paths(config: RunConfig) -> StagePaths:
+    """The paths that follow from a configuration; nothing needs to exist yet."""
+    root, world = config.stage_root, config.world is not None
+    sft = config.sft.ready or str(root / "sft")
+    return StagePaths(
+        root=root,
+        policy_base=str(root / "world" / "policy") if world else (config.sft.base or sft),
+        sft=sft,
+        reward_base=str(root / "world" / "reward") if world else (config.reward.base or sft),
+        reward=config.reward.ready or str(root / "reward"),
+    )
+
+
+class Stages:
+    """Runs what is missing, in order; ``show`` receives progress."""
+
+    def __init__(self, config: RunConfig, cluster: Cluster, show: Show) -> None:
+        self.config = config
+        self.paths = stage_paths(config)
+        self.cluster = cluster
+        self.show = show
+
+    async def run(self) -> None:
+        """All stages, up to and including the first reward model and, where ratios are needed, its log-probs."""
+        await self._stage("world", self.config.world is not None, self._world)
+        await self._stage("data", True, self._data)
+        await self._stage("sft", self.config.sft.ready is None, self._sft)
+        await self._stage("pairs", True, self._pairs)
+        await self._stage("reward", self.config.reward.ready is None, self._reward)
+        await self._stage("logprobs", make_strategy(self.config.correction).needs_ratios, self._logprobs)
+
+    def folder(self, name: str) -> StageFolder:
+        """The folder of a stage, fingerprinted by its own settings, the files it reads, and the stages before it."""
+        return StageFolder(self.paths.root / name, self._inputs(name))
+
+    def _inputs(self, name: str) -> dict[str, object]:
+        config = self.config
+        if name == "world":
+            return {"seed": config.seed, "world": config.world}
+        if name == "data":
+            source = config.data.prompts.path if config.data.prompts else None
+            read = file_fingerprint(source) if source else self.folder("world").fingerprint
+            return {"seed": config.seed, "data": config.data, "read": read, "tokenizer": self._sft_source()}
+        if name == "sft":
+            return {"sft": config.sft, "base": self._sft_source(), "data": self.folder("data").fingerprint}
+        if name == "pairs":
+            ready = config.pairs.ready
+            limits = (config.rollout.max_new_tokens, config.gold, file_fingerprint(ready.path) if ready else None)
+            return {"pairs": config.pairs, "limits": limits, "sft": self.folder("sft").fingerprint}
+        if name == "reward":
+            base = file_fingerprint(config.reward.base) if config.reward.base else None
+            return {
+                "training": config.reward.training,
+                "base": base,
+                "dtype": config.pools.policy.dtype,
+                "pairs": self.folder("pairs").fingerprint,
+            }
+        assert name == "logprobs"
+        behaviour = (config.pairs.behaviour, config.pairs.temperature, config.pools.scoring.dtype)
+        return {"behaviour": behaviour, "pairs": self.folder("pairs").fingerprint}
+
+    def _sft_source(self) -> str:
+        if self.config.world is not None:
+            return self.folder("world").fingerprint
+        return file_fingerprint(self.config.sft.ready or self.paths.policy_base)
+
+    async def _stage(self, name: str, is_needed: bool, work: "Callable[[StageFolder], object]") -> None:
+        folder = self.folder(name)
+        if not is_needed or folder.is_done:
+            return
+        self.show(ProgressState(stage=name))
+        folder.begin()
+        facts = work(folder)
+        if asyncio.iscoroutine(facts):
+            facts = await facts
+        assert isinstance(facts, dict)
+        folder.finish(**facts)
+        logger.info("stage %s is done: %s", name, facts)
+
+    def _world(self, folder: StageFolder) -> dict[str, object]:
+        assert self.config.world is not None
+        write_world(folder.path, self.config.world, self.config.seed)
+        return {}
+
+    def _data(self, folder: StageFolder) -> dict[str, object]:
+        data = self.config.data
+        if data.prompts is None:
+            data = data.model_copy(update={"prompts": DataFile(path=str(self.paths.root / "world" / "prompts.jsonl"))})
+        assert data.prompts is not None
+        rows = read_rows(data.prompts, "data.prompts.path")
+        prompts, report = load_prompts(data, rows, self._tokenizer())
+        # the world numbers its prompts in random order already, and promises the last ones
+        seed = None if self.config.world is not None else self.config.seed
+        training, heldout = split_prompts(prompts, data.num_heldout, seed)
+        write_prompts(folder.path / "prompts.jsonl", training)
+        write_prompts(folder.path / "heldout.jsonl", heldout)
+        return asdict(report)
+
+    def _tokenizer(self) -> Any:
+        source = self.config.sft.ready or self.paths.policy_base
+        return load_tokenizer(source, trust_remote_code=self.config.trust_remote_code)
+
+    async def _sft(self, folder: StageFolder) -> dict[str, object]:
+        await self.cluster.train_sft(self.show)
+        return {}
+
+    async def _pairs(self, folder: StageFolder) -> dict[str, object]:
+        pairs, facts = self._ready_pairs() if self.config.pairs.ready else await self._sampled_pairs()
+        training, heldout = split_pairs(pairs, self.config.pairs.heldout_share, self.config.seed)
+        write_pairs(folder.path / "train.jsonl", training)
+        write_pairs(folder.path / "heldout.jsonl", heldout)
+        return {"num_training": len(training), "num_heldout": len(heldout), **facts}
+
+    def _ready_pairs(self) -> tuple[list[Pair], dict[str, object]]:
+        settings = self.config.pairs
+        assert settings.ready is not None
+        rows = read_rows(settings.ready, "pairs.ready.path")
+        pairs, report = load_pairs(self.config.data, rows, self._tokenizer(), self.config.rollout.max_new_tokens)
+        return pairs, asdict(report)
+
+    async def _sampled_pairs(self) -> tuple[list[Pair], dict[str, object]]:
+        return await sample_pairs(self.config, self.cluster, self.training_prompts(), self._tokenizer(), self.show)
+
+    async def _reward(self, folder: StageFolder) -> dict[str, object]:
+        return dict(await self.cluster.train_reward(len(read_pairs(self.paths.train_pairs))))
+
+    async def _logprobs(self, folder: StageFolder) -> dict[str, object]:
+        from safetensors.numpy import save_file
+
+        logprobs = await self.cluster.behaviour_logprobs(len(read_pairs(self.paths.train_pairs)))
+        save_file({"logprobs": logprobs}, folder.path / "behaviour.safetensors")
+        return {"mean": float(logprobs.mean())}
+
+    def training_prompts(self) -> list[Prompt]:
+        return read_prompts(self.paths.root / "data" / "prompts.jsonl")
+
+    def heldout_prompts(self) -> list[Prompt]:
+        return read_prompts(self.paths.root / "data" / "heldout.jsonl")
+
+    def behaviour_logprobs(self) -> FloatArray | None:
+        """What the last stage left; None where no ratio is needed."""
+        from safetensors.numpy import load_file
+
+        if not make_strategy(self.config.correction).needs_ratios:
+            return None
+        logprobs: FloatArray = load_file(self.paths.root / "logprobs" / "behaviour.safetensors")["logprobs"]
+        return logprobs
+
+
+def shuffled_epochs(prompts: list[Prompt], seed: int) -> "itertools.chain[Prompt]":
+    """Every prompt once an epoch, in a new order each, for ever."""
+    return itertools.chain.from_iterable(
+        [prompts[index] for index in np.random.default_rng([seed, 5, epoch]).permutation(len(prompts))]
+        for epoch in itertools.count()
+    )
