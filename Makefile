@@ -32,7 +32,7 @@ $(VENV)/runtime.stamp: docker/cpu-lock.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r docker/cpu-lock.txt || ($(PIP) --index-url $(TORCH_INDEX) '$(TORCH)' && $(PIP) -r docker/cpu-lock.txt)
 	@echo "building DeepSpeed's communication op, once"
-	TORCH_EXTENSIONS_DIR=$(VENV)/torch_extensions $(PY) -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()' >$(VENV)/op-build.log 2>&1 \
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/$(VENV)/torch_extensions $(PY) -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()' >$(VENV)/op-build.log 2>&1 \
 		|| echo "the op did not build (see $(VENV)/op-build.log); DeepSpeed goes on without it"
 	touch $@
 

@@ -37,6 +37,10 @@ class UserError(OcrmError):
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in problems))
 
+    def __reduce__(self) -> tuple[type["UserError"], tuple[tuple[Problem, ...]]]:
+        """Pickled by its problems: an exception is otherwise built again from its message."""
+        return type(self), (self.problems,)
+
 
 class RunError(OcrmError):
     """The run cannot go on; the message says why."""

@@ -175,7 +175,7 @@ class Stages:
         return await sample_pairs(self.config, self.cluster, self.training_prompts(), self._tokenizer(), self.show)
 
     async def _reward(self, folder: StageFolder) -> dict[str, object]:
-        return dict(await self.cluster.train_reward(len(read_pairs(self.paths.train_pairs))))
+        return await self.cluster.train_reward()
 
     async def _logprobs(self, folder: StageFolder) -> dict[str, object]:
         from safetensors.numpy import save_file

@@ -1,0 +1,267 @@
+"""The generation actor: one vLLM engine that samples, scores, and takes new weights while requests are running."""
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ocrm_ray.config import GenerationPool
+from ocrm_ray.errors import ActorDiedError, RunError
+from ocrm_ray.records import FloatArray, GenerationRequest, PolicyWeights, PublishReport, Sample, Sequence
+from ocrm_ray.weight_publisher import probe_position
+
+GIB = 1 << 30
+PREFILL_TOKENS = 2048
+"""Tokens that an engine takes in one step on CPU, at least the longest sequence."""
+SHUTDOWN_GRACE_S = 1.0
+"""An engine has nothing to save; left alone, vLLM's CPU processes take longer than 5 s to end."""
+
+
+def engine_environment(pool: GenerationPool) -> dict[str, str]:
+    """Variables that must stand in the actor's environment before vLLM is imported.
+
+    ``nobind`` leaves the placing of threads to the operating system: by default every engine of a node pins
+    itself to the same cores. On CPU the engine runs eagerly, and without Dynamo it compiles no sampling
+    function at its first request either, which takes seconds and a C++ compiler.
+    """
+    common = {
+        "OMP_NUM_THREADS": str(pool.threads_per_actor),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    return common | {"TORCHDYNAMO_DISABLE": "1"} if _on_cpu(pool) else common
+
+
+class GenerationActor:
+    """One engine. Every method but the constructor runs on one event loop; ``start`` comes first.
+
+    Requests go in by ``submit`` and come back by ``collect``, many at a time, because a Ray call for each
+    prompt costs more than the sampling of a small model.
+    """
+
+    def __init__(
+        self,
+        pool: GenerationPool,
+        model_path: str,
+        max_model_len: int,
+        seed: int,
+        trust_remote_code: bool,
+        worker_extension: str = "actors.vllm_worker.WeightReceiver",
+    ) -> None:
+        """``model_path``: a Hugging Face folder with tokenizer. ``max_model_len``: tokens of prompt and response.
+
+        ``worker_extension``: dotted path, importable in the engine's processes through PYTHONPATH.
+        """
+        self._pool = pool
+        self._model_path = model_path
+        self._max_model_len = max_model_len
+        self._seed = seed
+        self._trust_remote_code = trust_remote_code
+        self._worker_extension = worker_extension
+        self._engine: Any = None
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._finished: asyncio.Queue[tuple[str, tuple[Sample, ...] | Exception]] = asyncio.Queue()
+        self._score_ids = itertools.count()
+
+    async def start(self) -> None:
+        """Start the engine with the folder's weights as version 0; blocks the event loop while it starts.
+
+        Both request paths are used once, so that no later request pays for vLLM's first-use costs.
+        """
+        os.environ.update(engine_environment(self._pool))
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._engine = AsyncLLM.from_engine_args(self._engine_args())
+        await self._engine.collective_rpc("watch_owner", args=(os.getpid(),))
+        await self._engine.update_weight_version("0")
+        await self.score([Sequence(prompt_ids=(0,), response_ids=(0, 0), has_eos=False)])
+
+    async def submit(self, requests: list[GenerationRequest]) -> None:
+        """Begin to sample; ``collect`` returns the results. A request_id may be used again after its result."""
+        for request in requests:
+            assert request.request_id not in self._running, f"request {request.request_id} is already running"
+            self._running[request.request_id] = asyncio.create_task(self._answer(request))
+
+    async def collect(self) -> list[tuple[str, tuple[Sample, ...] | Exception]]:
+        """Wait until at least one submitted request is finished; (request_id, samples or its error) of all that are."""
+        results = [await self._finished.get()]
+        while not self._finished.empty():
+            results.append(self._finished.get_nowait())
+        return results
+
+    async def generate(self, requests: list[GenerationRequest]) -> list[tuple[Sample, ...]]:
+        """Sample and wait for all; apart from ``submit`` and ``collect``. Raises the first error."""
+        return list(await asyncio.gather(*(self._sample(request) for request in requests)))
+
+    async def abort(self, request_ids: list[str]) -> None:
+        """Drop submitted requests; ``collect`` never returns them. One that is already finished stays so."""
+        await _cancel([self._running.pop(request_id) for request_id in request_ids if request_id in self._running])
+
+    async def load_weights(self, weights: PolicyWeights) -> PublishReport:
+        """Replace the weights in flight: running requests stand still, then go on under the new version.
+
+        Their KV cache and all cached prefixes are dropped, since both were computed with the old weights. If the
+        engine cannot take the weights, the error is raised and generation stays paused: half of them may be new.
+        """
+        started = time.monotonic()
+        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        await self._engine.collective_rpc("receive_weights", args=(str(weights.path),))
+        await self._engine.update_weight_version(str(weights.version))
+        await self._engine.resume_generation()
+        seconds = time.monotonic() - started
+        return PublishReport(version=weights.version, num_bytes=weights.num_bytes, seconds=seconds, pause_s=seconds)
+
+    async def score(self, sequences: list[Sequence]) -> list[FloatArray]:
+        """Log-probs [T] of the responses at temperature 1.
+
+        The value at ``probe_position`` comes from a request that reads the prefix cache as sampling does; the
+        others from one over the whole sequence, which vLLM answers without the cache. The first kind runs
+        before the second, whose fresh blocks could hide stale ones.
+        """
+        cached = await asyncio.gather(*(self._score_cached(sequence) for sequence in sequences))
+        scores = await asyncio.gather(*(self._score_afresh(sequence) for sequence in sequences))
+        for sequence, score, value in zip(sequences, scores, cached, strict=True):
+            score[probe_position(sequence)] = value
+        return list(scores)
+
+    async def check_health(self) -> None:
+        """Raise ActorDiedError if the engine's processes are gone."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._engine.check_health()
+        except EngineDeadError as error:
+            raise ActorDiedError("the vLLM engine died: its log is in this actor's standard error") from error
+
+    async def shutdown(self) -> None:
+        """Drop what is running and end the engine's processes."""
+        await _cancel(self._running.values())
+        if self._engine is not None:
+            self._engine.shutdown(timeout=SHUTDOWN_GRACE_S)
+            self._engine = None
+
+    def _engine_args(self) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        on_cpu = _on_cpu(self._pool)
+        return AsyncEngineArgs(
+            model=self._model_path,
+            dtype=self._pool.dtype,
+            seed=self._seed,
+            max_model_len=self._max_model_len,
+            max_num_seqs=self._pool.max_running,
+            load_format="safetensors",
+            trust_remote_code=self._trust_remote_code,
+            enforce_eager=on_cpu,
+            # vLLM's CPU worker dies when the prompt of a seeded request is split: its generator cannot be set back
+            enable_chunked_prefill=not on_cpu,
+            max_num_batched_tokens=max(PREFILL_TOKENS, self._max_model_len) if on_cpu else None,
+            enable_prefix_caching=True,
+            kv_cache_memory_bytes=int(self._pool.kv_cache_gib * GIB) if on_cpu else None,
+            gpu_memory_utilization=self._pool.gpu_memory_share,
+            tensor_parallel_size=max(1, int(self._pool.gpus_per_actor)),
+            distributed_executor_backend="mp",
+            logprobs_mode="processed_logprobs",
+            worker_extension_cls=self._worker_extension,
+            disable_log_stats=True,
+        )
+
+    async def _answer(self, request: GenerationRequest) -> None:
+        """Run one submitted request; its result or its error goes to ``collect``."""
+        try:
+            result: tuple[Sample, ...] | Exception = await self._sample(request)
+        except Exception as error:
+            # an answer must always come; vLLM's own errors do not survive pickling
+            result = error if isinstance(error, RunError) else RunError(f"request {request.request_id}: {error!r}")
+        finally:
+            # after an abort the entry is gone, or is that of a new request of the same id
+            if self._running.get(request.request_id) is asyncio.current_task():
+                del self._running[request.request_id]
+        self._finished.put_nowait((request.request_id, result))
+
+    async def _sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
+        params = {
+            "n": request.num_samples,
+            "seed": request.seed,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "top_k": request.top_k,
+            "max_tokens": request.max_new_tokens,
+            "logprobs": 0,
+            "flat_logprobs": True,
+        }
+        output = await self._run(request.request_id, request.prompt.token_ids, params)
+        return tuple(_sample_of(request, completion) for completion in output.outputs)
+
+    async def _score_cached(self, sequence: Sequence) -> float:
+        position = probe_position(sequence)
+        token = sequence.response_ids[position]
+        params = {"max_tokens": 1, "logprob_token_ids": [token]}
+        output = await self._run(self._score_id(), sequence.prompt_ids + sequence.response_ids[:position], params)
+        return float(output.outputs[0].logprobs[0][token].logprob)
+
+    async def _score_afresh(self, sequence: Sequence) -> FloatArray:
+        """The last token is scored as a continuation: a prompt of ``max_model_len`` tokens would be refused."""
+        token = sequence.response_ids[-1]
+        params = {"max_tokens": 1, "logprob_token_ids": [token], "prompt_logprobs": 0}
+        tokens = sequence.prompt_ids + sequence.response_ids[:-1]
+        output = await self._run(self._score_id(), tokens, params)
+        response = range(len(sequence.prompt_ids), len(tokens))
+        values = [output.prompt_logprobs[index][tokens[index]].logprob for index in response]
+        return np.array([*values, output.outputs[0].logprobs[0][token].logprob], dtype=np.float32)
+
+    async def _run(self, request_id: str, tokens: tuple[int, ...], params: dict[str, Any]) -> Any:
+        """One request to vLLM; its final output. Raises ActorDiedError if the engine is dead."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        assert tokens, f"request {request_id} has an empty prompt"
+        sampling = SamplingParams(**params, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        final = None
+        try:
+            async for output in self._engine.generate(tokens_input(list(tokens)), sampling, request_id):
+                final = output
+        except EngineDeadError as error:
+            raise ActorDiedError("the vLLM engine died: its log is in this actor's standard error") from error
+        return final
+
+    def _score_id(self) -> str:
+        return f"score-{next(self._score_ids)}"
+
+
+def _on_cpu(pool: GenerationPool) -> bool:
+    return pool.gpus_per_actor == 0
+
+
+def _sample_of(request: GenerationRequest, completion: Any) -> Sample:
+    """vLLM keeps the EOS that ended a response in ``token_ids``; every EOS of the model's folder ends with "stop"."""
+    if completion.finish_reason not in ("stop", "length"):
+        raise RunError(f"request {request.request_id}: vLLM ended it with {completion.finish_reason!r}")
+    spans = completion.weight_versions
+    logprobs = completion.logprobs
+    sequence = Sequence(
+        prompt_ids=request.prompt.token_ids,
+        response_ids=tuple(completion.token_ids),
+        has_eos=completion.finish_reason == "stop",
+    )
+    return Sample(
+        sequence=sequence,
+        logprobs=np.array([logprobs.logprobs[start] for start in logprobs.start_indices], dtype=np.float32),
+        first_version=int(spans[0].version),
+        last_version=int(spans[-1].version),
+    )
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    cancelled = list(tasks)
+    for task in cancelled:
+        task.cancel()
+    await asyncio.gather(*cancelled, return_exceptions=True)

@@ -1,0 +1,167 @@
+"""The generation pool over Ray: vLLM engines behind one queue, requests of one moment sent together."""
+
+import asyncio
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from ray.util.placement_group import PlacementGroup
+
+from actors.ray_pool import RayPool
+from actors.remote_actor import RemoteActor, call_all
+from ocrm_ray.config import Deadlines
+from ocrm_ray.errors import DeadlineError
+from ocrm_ray.records import FloatArray, GenerationRequest, PolicyWeights, PublishReport, Sample, Sequence
+
+
+@dataclass(eq=False, slots=True)
+class _Engine:
+    """An engine, how much it has been asked for and not answered yet, and the task that fetches its answers."""
+
+    actor: RemoteActor
+    num_open_samples: int = 0
+    collecting: asyncio.Task[None] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _OpenRequest:
+    """A request without an answer, the engine that has it, and where its ``generate`` waits."""
+
+    request: GenerationRequest
+    engine: _Engine
+    answer: asyncio.Future[tuple[Sample, ...]]
+
+
+class RayGenerationPool(RayPool):
+    """``GenerationPool`` over actors with the methods of ``GenerationActor``; lives on one event loop."""
+
+    name = "generation"
+    farewell = "shutdown"
+
+    def __init__(self, actors: Seq[RemoteActor], group: PlacementGroup, deadlines: Deadlines) -> None:
+        super().__init__(actors, group, deadlines)
+        self._engines = [_Engine(actor) for actor in self.actors]
+        self._open: dict[str, _OpenRequest] = {}
+        self._unsent: list[_OpenRequest] = []
+        self._submitting: set[asyncio.Task[None]] = set()
+
+    async def generate(self, request: GenerationRequest) -> tuple[Sample, ...]:
+        """As the protocol says; requests of one turn of the event loop reach an engine as one message."""
+        assert request.request_id not in self._open, f"request {request.request_id} is open already"
+        opened = self._enqueue(request)
+        deadline_s = self.deadlines.request_s
+        try:
+            async with asyncio.timeout(deadline_s) as deadline:
+                return await opened.answer
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            self._take(request.request_id)
+            raise DeadlineError(
+                f"actor {opened.engine.actor.role} did not answer generate of {request.request_id} "
+                f"within {deadline_s:g} s"
+            ) from error
+
+    async def abort(self, request_id: str) -> None:
+        """Drop a request wherever it is; an unknown or finished one is no error."""
+        opened = self._take(request_id)
+        if opened is None:
+            return
+        opened.answer.cancel()
+        if opened in self._unsent:
+            self._unsent.remove(opened)
+            return
+        if self._submitting:  # never overtake the request itself
+            await asyncio.wait(set(self._submitting))
+        await opened.engine.actor.call("abort", [request_id], deadline_s=self.deadlines.request_s)
+
+    async def load_weights(self, weights: PolicyWeights) -> PublishReport:
+        """Every engine at once; ``pause_s`` is that of the engine that stood still longest."""
+        started = time.monotonic()
+        reports: list[PublishReport] = await call_all(
+            self.actors, "load_weights", weights, deadline_s=self.deadlines.publish_s
+        )
+        return PublishReport(
+            version=weights.version,
+            num_bytes=weights.num_bytes,
+            seconds=time.monotonic() - started,
+            pause_s=max(report.pause_s for report in reports),
+        )
+
+    async def score(self, sequences: Seq[Sequence]) -> list[FloatArray]:
+        """By the first engine: all engines have the same weights."""
+        answer: list[FloatArray] = await self.actors[0].call(
+            "score", list(sequences), deadline_s=self.deadlines.request_s
+        )
+        return answer
+
+    async def close(self) -> None:
+        """Cancel what is open, shut the engines down, so that no process of theirs is left, and end the actors."""
+        tasks = [*self._submitting, *(engine.collecting for engine in self._engines if engine.collecting is not None)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for request_id in list(self._open):
+            self._settle(request_id, None)
+        await super().close()
+
+    def _enqueue(self, request: GenerationRequest) -> _OpenRequest:
+        """Give the request to the engine with the fewest open samples; it leaves at the end of this turn."""
+        loop = asyncio.get_running_loop()
+        engine = min(self._engines, key=lambda engine: engine.num_open_samples)
+        opened = _OpenRequest(request, engine, loop.create_future())
+        engine.num_open_samples += request.num_samples
+        self._open[request.request_id] = opened
+        if not self._unsent:
+            loop.call_soon(self._send)
+        self._unsent.append(opened)
+        return opened
+
+    def _send(self) -> None:
+        batches: dict[_Engine, list[GenerationRequest]] = {}
+        for opened in self._unsent:
+            batches.setdefault(opened.engine, []).append(opened.request)
+        self._unsent.clear()
+        for engine, requests in batches.items():
+            task = asyncio.create_task(self._submit(engine, requests))
+            self._submitting.add(task)
+            task.add_done_callback(self._submitting.discard)
+
+    async def _submit(self, engine: _Engine, requests: list[GenerationRequest]) -> None:
+        try:
+            await engine.actor.call("submit", requests, deadline_s=self.deadlines.request_s)
+        except Exception as error:
+            for request in requests:
+                self._settle(request.request_id, error)
+            return
+        if engine.collecting is None or engine.collecting.done():
+            engine.collecting = asyncio.create_task(self._collect(engine))
+
+    async def _collect(self, engine: _Engine) -> None:
+        """Fetch answers while any is open. No deadline here: each ``generate`` keeps its own."""
+        while engine.num_open_samples > 0:
+            try:
+                answers = await engine.actor.call("collect", deadline_s=None)
+            except Exception as error:
+                answers = [(key, error) for key, opened in self._open.items() if opened.engine is engine]
+            for request_id, answer in answers:
+                self._settle(request_id, answer)
+
+    def _settle(self, request_id: str, answer: tuple[Sample, ...] | Exception | None) -> None:
+        """Wake the request's ``generate`` (None: cancel it); one that was dropped meanwhile is no error."""
+        opened = self._take(request_id)
+        if opened is None or opened.answer.done():
+            return
+        if answer is None:
+            opened.answer.cancel()
+        elif isinstance(answer, Exception):
+            opened.answer.set_exception(answer)
+        else:
+            opened.answer.set_result(answer)
+
+    def _take(self, request_id: str) -> _OpenRequest | None:
+        """Forget a request: its answer, should one come, is dropped."""
+        opened = self._open.pop(request_id, None)
+        if opened is not None:
+            opened.engine.num_open_samples -= opened.request.num_samples
+        return opened

@@ -1,0 +1,174 @@
+"""The policy's trainer: updates, exports of its weights, and what a promotion changes in it."""
+
+import time
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import torch
+
+from actors.critic import Critic
+from actors.training_engine import EngineSettings, TrainingEngine, start_process, write_weights
+from ocrm_ray.batches import SequenceTable
+from ocrm_ray.config import RunConfig
+from ocrm_ray.inference import table_logprobs
+from ocrm_ray.networks import load_causal_lm, load_tokenizer, response_logprobs, response_logprobs_and_entropy
+from ocrm_ray.policy_learning import (
+    Experience,
+    MicroBatch,
+    UpdateStatistics,
+    build_targets,
+    collect_experience,
+    learning_rate_factor,
+    micro_batches,
+    minibatches,
+    policy_loss,
+    require_live_scores,
+)
+from ocrm_ray.preferences import read_pairs
+from ocrm_ray.records import FloatArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
+from ocrm_ray.reward_learning import calibration_sequences
+
+
+class PolicyActor:
+    """The policy in a DeepSpeed engine, for PPO with its critic. Versions count updates; version 0 is the SFT model.
+
+    Its calls are meant to come one after the other: they share the engine.
+    """
+
+    def __init__(
+        self, config: RunConfig, sft_path: str, reward_path: str | None, run_dir: Path, exports_dir: Path
+    ) -> None:
+        """``reward_path``: the first reward model, which PPO's critic starts from; ``exports_dir``: shared memory."""
+        self._config = config
+        self._sft_path = sft_path
+        self._reward_path = reward_path
+        self._run_dir = run_dir
+        self._exports_dir = exports_dir
+        self._version = 0
+        self._num_scheduled = 0
+        self._reward_version = 0
+        self._anchor_version = 0
+        self._critic: Critic | None = None
+        self._staged: tuple[str, Critic] | None = None
+        self._committed: str | None = None
+
+    def start(self) -> None:
+        """Load the networks and build their engines."""
+        config, pool = self._config, self._config.pools.policy
+        start_process(pool.threads_per_actor, config.seed)
+        self._tokenizer = load_tokenizer(self._sft_path, trust_remote_code=config.trust_remote_code)
+        model = load_causal_lm(self._sft_path, dtype=pool.dtype, trust_remote_code=config.trust_remote_code)
+        settings = EngineSettings(
+            learning_rate=config.policy.learning_rate,
+            max_grad_norm=config.policy.max_grad_norm,
+            zero_stage=config.policy.zero_stage,
+            dtype=pool.dtype,
+            beta2=config.policy.adam_beta2,
+        )
+        self._engine = TrainingEngine(model, settings)
+        if config.policy.algorithm == "ppo":
+            assert self._reward_path is not None, "PPO's critic starts from the reward model"
+            self._critic = self._make_critic(self._reward_path)
+
+    def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
+        """One policy update, v -> v + 1. RunError: scores of other than the live reward model and anchor."""
+        started = time.perf_counter()
+        require_live_scores(rollouts, self._reward_version, self._anchor_version)
+        policy = self._config.policy
+        experience = collect_experience(rollouts, self._tokenizer.pad_token_id)
+        values = self._critic.values(experience.table) if self._critic else None
+        targets = build_targets(experience, policy, self._config.rollout, values)
+        statistics = UpdateStatistics()
+        for epoch in range(policy.num_epochs):
+            seed = (self._config.seed, self._version, epoch)
+            for rows in minibatches(len(experience.table), policy.num_minibatches, seed):
+                cut = micro_batches(experience, targets, rows, policy.micro_batch_size, self._engine.device)
+                if micros := list(cut):
+                    self._learn(micros, experience, statistics, is_first_epoch=epoch == 0)
+        self._version += 1
+        self._num_scheduled += 1
+        return statistics.report(experience, self._version, time.perf_counter() - started)
+
+    def export_weights(self) -> PolicyWeights:
+        """Write the present weights, a tied head under its own name too, as one safetensors file."""
+        path = self._exports_dir / f"policy-v{self._version}.safetensors"
+        return PolicyWeights(self._version, path, write_weights(self._engine.weights(), path))
+
+    def release_weights(self, weights: PolicyWeights) -> None:
+        """Delete an exported file."""
+        weights.path.unlink(missing_ok=True)
+
+    def logprobs(self, sequences: Seq[Sequence]) -> list[FloatArray]:
+        """Log-probs [T] of the responses at temperature 1."""
+        table = SequenceTable(sequences, self._tokenizer.pad_token_id)
+        return table_logprobs(self._engine.forward, table, 1.0, self._config.pools.policy.batch_size)
+
+    def stage(self, promotion_id: str, refit: RefitReport | None) -> None:
+        """Build the critic that a promotion starts again from the new reward model, if it does."""
+        if self._staged is not None:
+            # Left by a correction that failed later on, or by the same call made before.
+            self._staged[1].close()
+            self._staged = None
+        if refit is not None and self._critic is not None and self._config.correction.critic_on_promote == "reinit":
+            self._staged = (promotion_id, self._make_critic(refit.path))
+
+    def commit(self, promotion_id: str, reward_version: int, anchor_version: int) -> None:
+        """Staged critic live, optimiser and learning-rate schedule fresh if so configured. Again: no effect."""
+        if promotion_id == self._committed:
+            return
+        if self._staged is not None and self._staged[0] == promotion_id:
+            assert self._critic is not None
+            self._critic.close()
+            self._critic, self._staged = self._staged[1], None
+        if self._config.correction.reset_optimizer:
+            self._engine.reset_optimizer()
+            self._num_scheduled = 0
+        self._reward_version, self._anchor_version = reward_version, anchor_version
+        self._committed = promotion_id
+
+    def save(self, name: str) -> None:
+        """Write the policy as Hugging Face folder ``name`` in the run folder."""
+        self._engine.save(self._tokenizer, self._run_dir / name)
+
+    def close(self) -> None:
+        """Free the engines."""
+        self._engine.close()
+        for critic in (self._critic, self._staged[1] if self._staged else None):
+            if critic is not None:
+                critic.close()
+
+    def _learn(
+        self, micros: Seq[MicroBatch], experience: Experience, statistics: UpdateStatistics, *, is_first_epoch: bool
+    ) -> None:
+        """One optimiser step on a minibatch, of the critic too."""
+        # What a sampler's log-probs are compared with must come from weights that this update has not changed.
+        is_untouched = not statistics.losses
+        loss, clip_share = torch.zeros(2, device=self._engine.device).unbind()
+        for number, micro in enumerate(micros, start=1):
+            logprobs = self._logprobs(micro, statistics, with_entropy=is_first_epoch)
+            if is_untouched:
+                statistics.add_gap(logprobs, micro, experience, self._version)
+            part, part_clipped = policy_loss(logprobs, micro, self._config.policy)
+            self._engine.accumulate(part, is_last=number == len(micros))
+            loss, clip_share = loss + part.detach(), clip_share + part_clipped
+        policy = self._config.policy
+        period = self._config.correction.every if self._config.correction.reset_optimizer else policy.num_updates
+        factor = learning_rate_factor(self._num_scheduled, policy, period)
+        statistics.grad_norms.append(self._engine.step(factor))
+        statistics.losses.append(float(loss))
+        statistics.clip_shares.append(float(clip_share))
+        if self._critic is not None:
+            statistics.value_losses.append(self._critic.update(micros, factor))
+
+    def _logprobs(self, micro: MicroBatch, statistics: UpdateStatistics, *, with_entropy: bool) -> torch.Tensor:
+        temperature = self._config.rollout.temperature
+        if not with_entropy:
+            return response_logprobs(self._engine.forward, micro.batch, temperature)
+        logprobs, entropy = response_logprobs_and_entropy(self._engine.forward, micro.batch, temperature)
+        statistics.add_entropy(entropy, micro)
+        return logprobs
+
+    def _make_critic(self, folder: str | Path) -> Critic:
+        pairs = read_pairs(self._config.stage_root / "pairs" / "train.jsonl")
+        sequences = calibration_sequences(pairs, self._config.reward.num_calibration)
+        return Critic(self._config, folder, SequenceTable(sequences, self._tokenizer.pad_token_id))

@@ -1,0 +1,166 @@
+"""The stages' cluster over Ray: starts the actors that a stage needs, and the pools of RL."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from actors.generation import engine_environment
+from actors.generation_group import RayGenerationPool
+from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
+from actors.placement import plan_bundles
+from actors.ray_pool import RayPool
+from actors.remote_actor import ActorSpec
+from ocrm_ray.cluster import Show
+from ocrm_ray.config import Pool, RunConfig
+from ocrm_ray.networks import context_length
+from ocrm_ray.pools import Pools
+from ocrm_ray.progress import ProgressState
+from ocrm_ray.prompts import read_prompts
+from ocrm_ray.records import FloatArray, GenerationRequest, RefitReport, Sample
+from ocrm_ray.stages import stage_paths
+
+PROGRESS_S = 1.0
+PoolType = TypeVar("PoolType", bound=RayPool)
+
+
+class RayTrainer(RayPool):
+    """One actor that trains one model before RL."""
+
+    name = "trainer"
+
+
+class RayCluster:
+    """``Cluster`` over Ray actors, each pool in a placement group of its own.
+
+    Engines, scorers and the evaluator that a stage started are the ones that RL goes on with.
+    """
+
+    def __init__(self, config: RunConfig, shared_memory: Path) -> None:
+        self.config = config
+        self.paths = stage_paths(config)
+        self.bundles = plan_bundles(config.pools)
+        self._shared_memory = shared_memory
+        self._started: dict[str, asyncio.Task[RayPool]] = {}
+
+    async def train_sft(self, show: Show) -> None:
+        prompts, folder = self.paths.root / "data" / "prompts.jsonl", Path(self.paths.sft)
+        pool, base = self.config.pools.policy, self.paths.policy_base
+        # two at once: it tells its progress while it trains
+        spec = replace(self._spec("sft", "actors.sft:SftActor", pool, base, prompts, folder), concurrency=2)
+        trainer = await RayTrainer.start([spec], self.bundles["policy"][:1], self.config.deadlines)
+        actor, deadline_s = trainer.actors[0], self.config.deadlines.request_s
+        try:
+            training = asyncio.ensure_future(actor.call("train", deadline_s=None))
+            while not training.done():
+                await asyncio.wait({training}, timeout=PROGRESS_S)
+                done, total = await actor.call("progress", deadline_s=deadline_s)
+                show(ProgressState(stage="sft", done=done, total=total, unit="steps"))
+            await training
+        finally:
+            await trainer.close()
+
+    async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
+        return await (await self._generation()).generate(request)
+
+    async def gold(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
+        return await (await self._evaluator()).gold(prompts, responses, references)
+
+    async def train_reward(self) -> dict[str, object]:
+        trainer = await RayTrainer.start([self._refitter(None)], self.bundles["reward"][:1], self.config.deadlines)
+        try:
+            report: RefitReport = await trainer.actors[0].call("fit_first", deadline_s=self.config.deadlines.refit_s)
+        finally:
+            await trainer.close()
+        return {"loss": report.loss, "heldout_accuracy": report.heldout_accuracy, "seconds": report.seconds}
+
+    async def behaviour_logprobs(self, num_pairs: int) -> FloatArray:
+        return await (await self._scoring()).pair_logprobs(None, np.arange(num_pairs))
+
+    async def pools(self) -> Pools:
+        """All pools, started side by side."""
+        generation, policy, scoring, reward, evaluator = await asyncio.gather(
+            self._generation(), self._policy(), self._scoring(), self._reward(), self._evaluator()
+        )
+        return Pools(generation, policy, scoring, reward, evaluator)
+
+    async def close(self) -> None:
+        """End every pool, also one that is only starting."""
+        tasks = list(self._started.values())
+        for task in tasks:
+            task.cancel()
+        pools = await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(pool.close() for pool in pools if isinstance(pool, RayPool)))
+
+    async def _once(self, kind: type[PoolType], specs: Callable[[], list[ActorSpec]]) -> PoolType:
+        """The pool of this kind, started at the first call."""
+        if kind.name not in self._started:
+            starting: Awaitable[RayPool] = kind.start(specs(), self.bundles[kind.name], self.config.deadlines)
+            self._started[kind.name] = asyncio.ensure_future(starting)
+        return cast(PoolType, await asyncio.shield(self._started[kind.name]))
+
+    async def _generation(self) -> RayGenerationPool:
+        return await self._once(RayGenerationPool, self._generation_specs)
+
+    async def _policy(self) -> RayPolicyPool:
+        reward_path = self.paths.reward if self.config.policy.algorithm == "ppo" else None
+        arguments = (self.paths.sft, reward_path, self.config.run_dir, self._shared_memory)
+        return await self._once(
+            RayPolicyPool,
+            lambda: self._specs("policy", "actors.policy:PolicyActor", self.config.pools.policy, *arguments),
+        )
+
+    async def _scoring(self) -> RayScoringPool:
+        return await self._once(
+            RayScoringPool,
+            lambda: self._specs("scoring", "actors.scoring:ScoringActor", self.config.pools.scoring, self.paths.sft),
+        )
+
+    async def _reward(self) -> RayRewardPool:
+        pool = self.config.pools.reward
+        return await self._once(
+            RayRewardPool,
+            lambda: [
+                *self._specs("reward", "actors.reward:RewardServer", pool, self.paths.reward)[:-1],
+                self._refitter(self.paths.reward),
+            ],
+        )
+
+    async def _evaluator(self) -> RayEvaluator:
+        prompts = read_prompts(self.paths.root / "data" / "heldout.jsonl")[: self.config.evaluation.num_prompts]
+        path, pool = "actors.evaluation:EvaluationActor", self.config.pools.evaluation
+        return await self._once(
+            RayEvaluator, lambda: self._specs("evaluation", path, pool, self.paths.sft, tuple(prompts))
+        )
+
+    def _refitter(self, reward_path: str | None) -> ActorSpec:
+        arguments = (self.paths.sft, reward_path, self.config.run_dir)
+        return self._spec("refit", "actors.reward:RewardRefitter", self.config.pools.reward, *arguments)
+
+    def _generation_specs(self) -> list[ActorSpec]:
+        pool, trust = self.config.pools.generation, self.config.trust_remote_code
+        # one more than is ever generated: the probe asks for a token behind a whole sequence
+        num_tokens = self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens + 1
+        length = min(num_tokens, context_length(self.paths.sft, trust_remote_code=trust) or num_tokens)
+        return [
+            ActorSpec(
+                role=f"generation-{number}",
+                path="actors.generation:GenerationActor",
+                arguments=(pool, self.paths.sft, length, self.config.seed + number, trust),
+                threads=pool.threads_per_actor,
+                asynchronous=True,
+                environment=engine_environment(pool),
+            )
+            for number in range(pool.num_actors)
+        ]
+
+    def _specs(self, pool_name: str, path: str, pool: Pool, *arguments: Any) -> list[ActorSpec]:
+        """One spec a bundle of the pool."""
+        num_actors = len(self.bundles[pool_name])
+        return [self._spec(f"{pool_name}-{number}", path, pool, *arguments) for number in range(num_actors)]
+
+    def _spec(self, role: str, path: str, pool: Pool, *arguments: Any) -> ActorSpec:
+        return ActorSpec(role, path, (self.config, *arguments), pool.threads_per_actor)

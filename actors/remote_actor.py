@@ -1,0 +1,116 @@
+"""One spawned actor as its pool sees it: every call has a deadline, every failure names the actor and the call."""
+
+import asyncio
+import os
+import re
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.actor_host import ActorHost, AsyncActorHost
+from ocrm_ray.errors import ActorDiedError, DeadlineError, RunError
+
+_FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR")
+_SECRET = ("HF_TOKEN",)
+_COLOUR = re.compile(r"\x1b\[\d+m")
+
+
+@dataclass(frozen=True)
+class ActorSpec:
+    """What to spawn: ``role`` names it in errors and logs, ``path`` is ``module:Class``.
+
+    ``threads``: arithmetic threads of the process. ``asynchronous``: its methods are coroutines. ``concurrency``:
+    calls that a synchronous one answers side by side. ``environment``: further variables, set before it starts.
+    """
+
+    role: str
+    path: str
+    arguments: tuple[Any, ...]
+    threads: int
+    asynchronous: bool = False
+    concurrency: int = 1
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def actor_environment(spec: ActorSpec, environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables of the actor's process: its threads, its own ones, and those few of ``environ`` that it needs."""
+    threads = str(spec.threads)
+    forwarded = {name: environ[name] for name in _FORWARDED if name in environ}
+    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **forwarded, **spec.environment}
+
+
+class RemoteActor:
+    """A spawned actor. Its handle never leaves this module."""
+
+    def __init__(self, role: str, handle: Any) -> None:
+        self.role = role
+        self._handle = handle
+
+    async def start(self, deadline_s: float) -> None:
+        """Build the actor in its process and wait until it is ready."""
+        await self._answer(self._handle.start.remote(), "start", deadline_s)
+
+    async def call(self, method: str, *arguments: Any, deadline_s: float | None) -> Any:
+        """Answer of ``method(*arguments)``; ``deadline_s`` None only where the caller keeps the deadline itself.
+
+        Raises what the method raised (with the remote traceback as a note), DeadlineError, or ActorDiedError.
+        """
+        remote = self._handle.call.options(name=f"{self.role}.{method}").remote
+        return await self._answer(remote(method, arguments), method, deadline_s)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        ray.kill(self._handle)
+
+    async def _answer(self, answer: Any, method: str, deadline_s: float | None) -> Any:
+        try:
+            async with asyncio.timeout(deadline_s) as deadline:
+                return await answer
+        except RayTaskError as error:
+            raise _own_error(error, f"{self.role}.{method}") from None
+        except RayActorError as error:
+            raise ActorDiedError(f"actor {self.role} died during {method}: {error}") from error
+        except TimeoutError as error:
+            assert deadline.expired(), "Ray wraps a TimeoutError of the actor's own in RayTaskError"
+            raise DeadlineError(f"actor {self.role} did not answer {method} within {deadline_s:g} s") from error
+
+
+def _own_error(error: RayTaskError, call: str) -> BaseException:
+    """What the actor itself raised; its traceback there becomes a note."""
+    traceback = _COLOUR.sub("", str(error))
+    if not isinstance(error.cause, Exception) or isinstance(error.cause, RayError):
+        return RunError(f"{call} failed with an error that cannot be sent: {traceback}")
+    error.cause.add_note(f"raised in {call}:\n{traceback}")
+    return error.cause
+
+
+async def call_all(actors: Seq[RemoteActor], method: str, *arguments: object, deadline_s: float) -> list[Any]:
+    """The answers of all ``actors``, in their order; the first failure is raised."""
+    return list(await asyncio.gather(*(actor.call(method, *arguments, deadline_s=deadline_s) for actor in actors)))
+
+
+def spawn(spec: ActorSpec, group: PlacementGroup, bundle: int) -> RemoteActor:
+    """Start the process of an actor in bundle number ``bundle`` of ``group``; ``RemoteActor.start`` waits for it."""
+    host = AsyncActorHost if spec.asynchronous else ActorHost
+    resources = group.bundle_specs[bundle]
+    handle = (
+        ray.remote(host)
+        .options(
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0.0),
+            **({} if spec.asynchronous else {"max_concurrency": spec.concurrency}),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+            runtime_env={"env_vars": actor_environment(spec, os.environ)},
+        )
+        # secrets travel as an argument: Ray writes runtime environments to its logs
+        .remote(
+            spec.role, spec.path, spec.arguments, {name: os.environ[name] for name in _SECRET if name in os.environ}
+        )
+    )
+    return RemoteActor(spec.role, handle)

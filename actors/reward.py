@@ -1,0 +1,192 @@
+"""Reward models: servers that score under the live and a staged one, and the refitter that trains the next."""
+
+import time
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from actors.training_engine import EngineSettings, TrainingEngine, start_process, training_device
+from ocrm_ray.algorithm.calibration import calibration, recentre
+from ocrm_ray.batches import PaddedBatch, SequenceTable, length_chunks
+from ocrm_ray.config import RewardTraining, RunConfig
+from ocrm_ray.inference import row_scores
+from ocrm_ray.networks import ScalarModel, last_token_scores, load_reward_model, load_tokenizer
+from ocrm_ray.preferences import read_pairs
+from ocrm_ray.records import Calibration, FloatArray, IntArray, RefitReport, RefitRequest, Sequence
+from ocrm_ray.reward_learning import (
+    calibration_sequences,
+    cosine_factor,
+    epoch_batches,
+    pair_accuracy,
+    pair_lengths,
+    pair_rows,
+    pair_table,
+    weighted_pair_loss,
+)
+
+LIVE = "live"
+FIRST = "first"
+
+
+class RewardServer:
+    """Scores, calibrated on the frozen set; a candidate is loaded into a slot beside the live model."""
+
+    def __init__(self, config: RunConfig, reward_path: str) -> None:
+        """``reward_path``: the first reward model."""
+        self._config = config
+        self._reward_path = reward_path
+        self._staged: tuple[str, ScalarModel, Calibration] | None = None
+        self._committed: str | None = None
+
+    def start(self) -> None:
+        """Load the first reward model and calibrate it."""
+        config = self._config
+        start_process(config.pools.reward.threads_per_actor, config.seed)
+        self._pad_id = load_tokenizer(self._reward_path, trust_remote_code=config.trust_remote_code).pad_token_id
+        pairs = read_pairs(config.stage_root / "pairs" / "train.jsonl")
+        self._calibration_set = SequenceTable(calibration_sequences(pairs, config.reward.num_calibration), self._pad_id)
+        self._model, self._calibration = self._load(self._reward_path)
+
+    def score(self, sequences: Seq[Sequence], slot: str = LIVE) -> FloatArray:
+        """Calibrated scores [N], read at the last token; ``slot``: ``live`` or a promotion_id."""
+        model, found = self._model, self._calibration
+        if self._staged is not None and slot == self._staged[0]:
+            _, model, found = self._staged
+        else:
+            # A score of a staged model may still be asked for when that model has just become the live one.
+            assert slot in (LIVE, self._committed), f"no reward model in slot {slot}"
+        scores = self._raw_scores(model, SequenceTable(sequences, self._pad_id))
+        return recentre(scores, found.mean, found.std, self._config.reward.scale == "calibration_std").numpy()
+
+    def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
+        """Load a candidate beside the live model and calibrate it."""
+        model, found = self._load(refit.path)
+        self._staged = (promotion_id, model, found)
+        return found
+
+    def commit(self, promotion_id: str, reward_version: int) -> None:
+        """The staged model, if there is one of this promotion, is live. Again: no effect."""
+        if promotion_id == self._committed:
+            return
+        if self._staged is not None and self._staged[0] == promotion_id:
+            _, self._model, self._calibration = self._staged
+            self._staged = None
+        self._committed = promotion_id
+
+    def _load(self, path: str | Path) -> tuple[ScalarModel, Calibration]:
+        dtype = self._config.pools.reward.dtype
+        model = load_reward_model(path, dtype=dtype, trust_remote_code=self._config.trust_remote_code)
+        model = model.requires_grad_(False).to(training_device())
+        mean, std = calibration(self._raw_scores(model, self._calibration_set))
+        return model, Calibration(mean, std)
+
+    def _raw_scores(self, model: ScalarModel, table: SequenceTable) -> torch.Tensor:
+        return row_scores(model, table, np.arange(len(table)), self._config.pools.reward.batch_size)
+
+
+class RewardRefitter:
+    """Trains reward models, one after another in one process: the first one, then a candidate for each correction."""
+
+    def __init__(self, config: RunConfig, sft_path: str, reward_path: str | None, run_dir: Path) -> None:
+        """``reward_path``: the first reward model; None where it is still to be trained."""
+        self._config = config
+        self._sft_path = sft_path
+        self._reward_path = reward_path
+        self._run_dir = run_dir
+
+    def start(self) -> None:
+        """Read the pairs."""
+        start_process(self._config.pools.reward.threads_per_actor, self._config.seed)
+        self._tokenizer = load_tokenizer(self._sft_path, trust_remote_code=self._config.trust_remote_code)
+        folder = self._config.stage_root / "pairs"
+        self._train, self._heldout = (
+            pair_table(read_pairs(folder / name), self._tokenizer.pad_token_id)
+            for name in ("train.jsonl", "heldout.jsonl")
+        )
+        self._lengths = pair_lengths(self._train)
+
+    def fit_first(self) -> RefitReport:
+        """The first reward model, version 0: all pairs alike, from its own initial weights, into the stage folder."""
+        indices = np.arange(len(self._train) // 2)
+        request = RefitRequest(FIRST, 0, indices, None, self._config.seed)
+        return self._fit(request, self._config.reward.training, self._base_path, self._config.stage_root / "reward")
+
+    def refit(self, request: RefitRequest) -> RefitReport:
+        """A candidate for a correction, into ``reward/vN`` of the run folder."""
+        folder = self._run_dir / "reward" / f"v{request.reward_version}"
+        return self._fit(request, self._config.correction.training, self._initial_path(request.reward_version), folder)
+
+    @property
+    def _base_path(self) -> str:
+        if self._config.reward.base is not None:
+            return self._config.reward.base
+        return str(self._config.stage_root / "world" / "reward") if self._config.world else self._sft_path
+
+    def _initial_path(self, reward_version: int) -> str:
+        match self._config.correction.rm_init:
+            case "sft":
+                return self._sft_path
+            case "base":
+                return self._base_path
+            case "previous":
+                # The candidate is always the successor of the live model.
+                if reward_version > 1:
+                    return str(self._run_dir / "reward" / f"v{reward_version - 1}")
+                assert self._reward_path is not None
+                return self._reward_path
+
+    def _fit(self, request: RefitRequest, training: RewardTraining, initial: str, folder: Path) -> RefitReport:
+        started = time.perf_counter()
+        dtype = self._config.pools.reward.dtype
+        trust = self._config.trust_remote_code
+        model = load_reward_model(initial, dtype=dtype, trust_remote_code=trust, head_seed=self._config.seed)
+        settings = EngineSettings(
+            learning_rate=training.learning_rate,
+            max_grad_norm=training.max_grad_norm,
+            zero_stage=self._config.policy.zero_stage,
+            dtype=dtype,
+            weight_decay=training.weight_decay,
+        )
+        engine = TrainingEngine(model, settings)
+        try:
+            loss = self._train_epochs(engine, request, training)
+            accuracy = self._heldout_accuracy(engine)
+            engine.save(self._tokenizer, folder)
+        finally:
+            engine.close()
+        seconds = time.perf_counter() - started
+        return RefitReport(request.promotion_id, request.reward_version, folder, loss, accuracy, seconds)
+
+    def _train_epochs(self, engine: TrainingEngine, request: RefitRequest, training: RewardTraining) -> float:
+        """Mean loss of the last epoch's pairs, each taken when it was trained on."""
+        num_pairs = len(request.indices)
+        batches = epoch_batches(num_pairs, training.batch_size, training.num_epochs, request.seed)
+        last_epoch = len(batches) - len(batches) // training.num_epochs
+        loss = 0.0
+        for step, batch in enumerate(batches):
+            weights = None if request.weights is None else request.weights[batch]
+            batch_loss = self._train_batch(engine, request.indices[batch], weights, training.micro_batch_size)
+            engine.step(cosine_factor(step, len(batches)))
+            if step >= last_epoch:
+                loss += batch_loss * len(batch) / num_pairs
+        return loss
+
+    def _train_batch(
+        self, engine: TrainingEngine, pairs: IntArray, weights: FloatArray | None, micro_batch_size: int
+    ) -> float:
+        """Accumulate the gradient of one optimiser batch of pairs; returns its mean loss."""
+        chunks = length_chunks(self._lengths[pairs], micro_batch_size)
+        total = 0.0
+        for number, chunk in enumerate(chunks, start=1):
+            batch: PaddedBatch = self._train.batch(pair_rows(pairs[chunk])).to(engine.device)
+            part = None if weights is None else torch.from_numpy(weights[chunk]).to(engine.device)
+            loss = weighted_pair_loss(last_token_scores(engine.forward, batch), part, len(pairs))
+            engine.accumulate(loss, is_last=number == len(chunks))
+            total += loss.item()
+        return total
+
+    def _heldout_accuracy(self, engine: TrainingEngine) -> float:
+        rows = np.arange(len(self._heldout))
+        return pair_accuracy(row_scores(engine.forward, self._heldout, rows, self._config.pools.reward.batch_size))

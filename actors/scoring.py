@@ -1,0 +1,120 @@
+"""Log-probs under networks that do not train: the SFT model, the anchor, and snapshots of the policy."""
+
+import copy
+from collections.abc import Sequence as Seq
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from actors.training_engine import start_process, training_device
+from ocrm_ray.batches import SequenceTable
+from ocrm_ray.config import RunConfig
+from ocrm_ray.inference import row_sums, table_logprobs
+from ocrm_ray.networks import load_causal_lm, load_tokenizer
+from ocrm_ray.preferences import read_pairs
+from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
+from ocrm_ray.reward_learning import pair_rows, pair_table
+
+LIVE = "live"
+
+
+class ScoringActor:
+    """Slots: the SFT model, the live anchor (at first the SFT model itself), one staged anchor, one snapshot."""
+
+    def __init__(self, config: RunConfig, sft_path: str) -> None:
+        self._config = config
+        self._sft_path = sft_path
+        self._anchor: Any = None
+        self._staged: tuple[str, Any] | None = None
+        self._snapshot: tuple[int, Any] | None = None
+        self._committed: str | None = None
+
+    def start(self) -> None:
+        """Load the SFT model, which is the first anchor."""
+        pool = self._config.pools.scoring
+        start_process(pool.threads_per_actor, self._config.seed)
+        self._tokenizer = load_tokenizer(self._sft_path, trust_remote_code=self._config.trust_remote_code)
+        self._sft = self._load(self._sft_path)
+        self._anchor = self._sft
+
+    def score(self, sequences: Seq[Sequence], anchor: str = LIVE) -> tuple[list[FloatArray], list[FloatArray]]:
+        """(anchor, SFT) log-probs [T] at the rollout temperature; ``anchor``: ``live`` or a promotion_id."""
+        table = SequenceTable(sequences, self._tokenizer.pad_token_id)
+        sft = self._logprobs(self._sft, table)
+        network = self._network(anchor)
+        return (sft if network is self._sft else self._logprobs(network, table)), sft
+
+    def load_snapshot(self, weights: PolicyWeights) -> None:
+        """Hold the snapshot, so that its file may go; it takes the place of an earlier one."""
+        self._snapshot = None
+        self._snapshot = (weights.version, self._copy_of(weights))
+
+    def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
+        """Summed log-probs [N, 2] of (chosen, rejected) of training pairs ``indices`` [N].
+
+        Under the snapshot at the rollout temperature, or with None under who wrote the pairs at theirs.
+        """
+        if weights is None:
+            network, temperature = self._behaviour, self._config.pairs.temperature
+        else:
+            if self._snapshot is None or self._snapshot[0] != weights.version:
+                self.load_snapshot(weights)
+            assert self._snapshot is not None
+            network, temperature = self._snapshot[1], self._config.rollout.temperature
+        batch_size = self._config.pools.scoring.batch_size
+        sums = row_sums(network, self._pairs, pair_rows(indices), temperature, batch_size)
+        return np.ascontiguousarray(sums.view(2, -1).T.numpy())
+
+    def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
+        """Load a snapshot beside the live anchor; one that is held already is shared, not copied."""
+        held = self._snapshot is not None and self._snapshot[0] == weights.version
+        network = self._snapshot[1] if held and self._snapshot else self._copy_of(weights)
+        self._staged = (promotion_id, network)
+
+    def commit(self, promotion_id: str, anchor_version: int) -> None:
+        """The staged anchor, if there is one of this promotion, is live. Again: no effect."""
+        if promotion_id == self._committed:
+            return
+        if self._staged is not None and self._staged[0] == promotion_id:
+            self._anchor, self._staged = self._staged[1], None
+        self._snapshot = None
+        self._committed = promotion_id
+
+    def close(self) -> None:
+        """Free the networks."""
+        self._sft = self._anchor = self._staged = self._snapshot = None
+
+    def _network(self, slot: str) -> Any:
+        """A score of a staged anchor may still be asked for when that anchor has just become the live one."""
+        if self._staged is not None and slot == self._staged[0]:
+            return self._staged[1]
+        assert slot in (LIVE, self._committed), f"no anchor in slot {slot}"
+        return self._anchor
+
+    def _logprobs(self, network: Any, table: SequenceTable) -> list[FloatArray]:
+        batch_size = self._config.pools.scoring.batch_size
+        return table_logprobs(network, table, self._config.rollout.temperature, batch_size)
+
+    def _load(self, path: str) -> Any:
+        dtype = self._config.pools.scoring.dtype
+        network = load_causal_lm(path, dtype=dtype, trust_remote_code=self._config.trust_remote_code)
+        return network.requires_grad_(False).to(training_device())
+
+    def _copy_of(self, weights: PolicyWeights) -> Any:
+        from safetensors.torch import load_file
+
+        network = copy.deepcopy(self._sft)
+        network.load_state_dict(load_file(weights.path))
+        return network
+
+    @cached_property
+    def _pairs(self) -> SequenceTable:
+        pairs = read_pairs(self._config.stage_root / "pairs" / "train.jsonl")
+        return pair_table(pairs, self._tokenizer.pad_token_id)
+
+    @cached_property
+    def _behaviour(self) -> Any:
+        """Pairs of unknown origin are weighted as if the SFT model had written them, where that is allowed."""
+        origin = self._config.pairs.behaviour
+        return self._sft if origin in ("sft", "unknown") else self._load(origin)

@@ -1,0 +1,91 @@
+"""Ray for the length of a run: a local cluster on loopback, or the cluster that RAY_ADDRESS names."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+import actors
+import ocrm_ray
+from actors.shared_memory import shared_folder
+from ocrm_ray.errors import Problem, UserError
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Of a local cluster: sequences and log-probs pass through it, weights do not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A running Ray: its address, where its logs are, and the run's folder in this node's shared memory."""
+
+    address: str
+    logs: Path
+    shared_memory: Path
+
+
+@contextmanager
+def ray_session(run: str, *, log_to_driver: bool = False) -> Iterator[Session]:
+    """Start Ray, or connect to RAY_ADDRESS; on leaving, whatever the reason, shut down and remove shared memory.
+
+    ``log_to_driver`` shows what actors print. Raises UserError if no cluster answers at RAY_ADDRESS.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    options = _cluster_options(address) if address else _local_options()
+    with shared_folder(run) as folder:
+        try:
+            info = _initialise(namespace=f"ocrm-{run}", log_to_driver=log_to_driver, **options)
+            yield Session(address=info["address"], logs=Path(info["session_dir"]) / "logs", shared_memory=folder)
+        finally:
+            ray.shutdown()
+
+
+def _initialise(**options: Any) -> dict[str, Any]:
+    """Where Ray is; its own log lines below errors are not shown."""
+    try:
+        return dict(ray.init(logging_level=logging.ERROR, **options).address_info)
+    except ConnectionError as error:
+        do = "start it; set RAY_AUTH_MODE=token if it asks for its token; or unset RAY_ADDRESS to run on this machine"
+        problem = Problem("RAY_ADDRESS", f"no answer from {os.environ['RAY_ADDRESS']}", "a running Ray cluster", do)
+        raise UserError([problem]) from error
+
+
+def _package_folders() -> list[Path]:
+    return [Path(next(iter(package.__path__))) for package in (ocrm_ray, actors)]
+
+
+def _stay_on_loopback() -> None:
+    """Without this Ray takes 127.0.0.1 for another address of the machine; on Linux it has no public switch."""
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def _local_options() -> dict[str, Any]:
+    _stay_on_loopback()  # else its ports listen on every interface
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    inherited = os.environ.get("PYTHONPATH")
+    search_path = [str(folder.parent) for folder in _package_folders()] + ([inherited] if inherited else [])
+    return {
+        "address": "local",
+        "include_dashboard": False,
+        "num_cpus": os.cpu_count(),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        # short and the user's own: socket paths have at most 107 characters
+        "_temp_dir": f"/tmp/ray-{os.getuid()}",
+        # a variable rather than sys.path: the processes that vLLM spawns import from it too
+        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(search_path))}},
+    }
+
+
+def _cluster_options(address: str) -> dict[str, Any]:
+    if address.startswith((LOOPBACK, "localhost")):
+        _stay_on_loopback()
+    if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
+        return {}  # a submitted job: Ray has unpacked its working directory on every node
+    return {"runtime_env": {"py_modules": [str(folder) for folder in _package_folders()]}}

@@ -1,0 +1,192 @@
+"""One trained network in a DeepSpeed engine: exact gradient accumulation, fresh optimisers, full weights out.
+
+Several engines may live in one process (policy and critic, or one refit after another); they share its process group.
+"""
+
+import gc
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from ocrm_ray.config import Dtype
+from ocrm_ray.networks import ScalarModel, save_model
+
+ADAM_BETA1 = 0.9
+NEVER = 10**12
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Of AdamW and DeepSpeed; ``learning_rate`` is the peak that each step's factor scales."""
+
+    learning_rate: float
+    max_grad_norm: float
+    zero_stage: int
+    dtype: Dtype
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+
+
+def start_process(num_threads: int, seed: int) -> None:
+    """Once at an actor's start: arithmetic threads, the seed of whatever draws from torch's global generator."""
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(seed)
+
+
+def training_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join_process_group() -> None:
+    """Join the group that RANK, WORLD_SIZE and MASTER_* describe; alone without them, and then without a port."""
+    if torch.distributed.is_initialized():
+        return
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if on_gpu else "gloo"
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        # A rendezvous by address could collide with another run's port; a store in memory cannot.
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
+        torch.distributed.init_process_group(backend, init_method="env://")
+
+
+class TrainingEngine:
+    """A network that trains: forward with ``engine.forward``, then ``accumulate`` losses, then ``step``."""
+
+    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
+        """``module`` is taken over; its parameters are moved, cast and (ZeRO 3) partitioned."""
+        join_process_group()
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+        self._settings = settings
+        self._engine = _initialise(module, settings)
+        self.device: torch.device = self._engine.device
+        self._module = module
+        # DeepSpeed casts buffers with the weights: rotary frequencies in bfloat16 misplace tokens by whole positions.
+        for name, buffer in buffers.items():
+            owner = module.get_submodule(name.rpartition(".")[0])
+            owner._buffers[name.rpartition(".")[2]] = buffer.to(self.device)
+        self.reset_optimizer()
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The network, to be called like the module itself; gradients of what it returns go to ``accumulate``."""
+        engine: Callable[..., Any] = self._engine
+        return engine
+
+    @property
+    def network(self) -> Any:
+        """The Hugging Face network inside."""
+        return self._module.network if isinstance(self._module, ScalarModel) else self._module
+
+    def accumulate(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradient of ``loss``, unscaled: the losses of an optimiser batch's parts sum to that of the whole."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss)
+        if not is_last:
+            self._engine.step()
+
+    def step(self, factor: float) -> float:
+        """Clip, update at ``factor`` times the learning rate, clear; returns the gradient norm before clipping."""
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = factor * self._settings.learning_rate
+        norm = self._engine_norm_before_step()
+        self._engine.step()
+        return norm if norm is not None else float(self._engine.get_global_grad_norm())
+
+    def _engine_norm_before_step(self) -> float | None:
+        """Without ZeRO and in float32 DeepSpeed clips but does not tell the norm."""
+        if self._engine.optimizer is not self._engine.basic_optimizer:
+            return None
+        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimiser's moments, as if the engine had just been made of the present weights."""
+        self._engine.basic_optimizer.state.clear()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The network's full weights on the CPU, under its own names, tied ones each with a tensor of its own."""
+        if self._settings.zero_stage < 3:
+            return own_tensors(self.network.state_dict())
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self._module.parameters())):
+            return own_tensors(self.network.state_dict())
+
+    def save(self, tokenizer: Any, folder: Path) -> None:
+        """Write the network as a Hugging Face folder."""
+        # Only ZeRO 3 leaves the module without its weights.
+        save_model(
+            self._module, tokenizer, folder, state_dict=self.weights() if self._settings.zero_stage == 3 else None
+        )
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds for this engine; the process group stays."""
+        self._engine.destroy()
+        del self._engine, self._module
+        gc.collect()
+
+
+def own_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Detached CPU tensors, each owning its memory, so that tied weights are written out under every name."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def write_weights(weights: dict[str, Tensor], path: Path) -> int:
+    """Write one safetensors file, complete or not at all; returns its size in bytes."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(weights, partial)
+    partial.replace(path)
+    return path.stat().st_size
+
+
+def _initialise(module: nn.Module, settings: EngineSettings) -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    optimizer = torch.optim.AdamW(
+        module.parameters(),
+        lr=settings.learning_rate,
+        betas=(ADAM_BETA1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(settings))
+    return engine
+
+
+def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
+    """Batch sizes are 1 because callers say where an optimiser batch ends."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": settings.zero_stage},
+        "steps_per_print": NEVER,
+    }
+    if settings.dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Without ZeRO DeepSpeed adds bfloat16 gradients up in bfloat16, and at stage 1 it prints; 2 costs nothing.
+        config["zero_optimization"]["stage"] = max(2, settings.zero_stage)
+    return config

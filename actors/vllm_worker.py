@@ -1,0 +1,66 @@
+"""What runs inside vLLM's worker processes: taking published weights, and ending when their owner is gone."""
+
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+import psutil
+
+OWNER_POLL_S = 1.0
+"""How often a worker looks whether its owner still lives."""
+
+
+class WeightReceiver:
+    """Worker extension: vLLM mixes it into its worker class, ``collective_rpc`` calls its public methods."""
+
+    model_runner: Any
+
+    def receive_weights(self, path: str) -> None:
+        """Replace every weight by those of the safetensors file ``path`` (Hugging Face names).
+
+        A tied head must be in the file under its own name: vLLM's CPU build keeps a repacked copy of it, which
+        ``reload_weights`` renews only then. Raises ValueError where it is missing.
+        """
+        from safetensors import safe_open
+
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(_concerns_weights)
+        with safe_open(path, framework="pt") as weights:
+            names = list(weights.keys())
+            self._refuse_missing_head(path, names)
+            self.model_runner.reload_weights(weights_iterator=((name, weights.get_tensor(name)) for name in names))
+
+    def watch_owner(self, owner_pid: int) -> None:
+        """From now on end this worker and its engine as soon as the process ``owner_pid`` is gone.
+
+        vLLM's own processes outlive an owner that was killed with SIGKILL. The owner must be an ancestor.
+        """
+        ancestors = [psutil.Process(), *psutil.Process().parents()]
+        pids = [process.pid for process in ancestors]
+        if owner_pid not in pids:
+            raise ValueError(f"owner_pid: process {owner_pid} is not an ancestor of worker {os.getpid()}")
+        engine = ancestors[pids.index(owner_pid) - 1]
+        threading.Thread(target=_end_without_owner, args=(engine, owner_pid), daemon=True).start()
+
+    def _refuse_missing_head(self, path: str, names: list[str]) -> None:
+        model = self.model_runner.get_model()
+        tied = getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head")
+        if tied and not any(name.endswith("lm_head.weight") for name in names):
+            raise ValueError(f"{path}: got no lm_head.weight, need the tied head under its own name: export it as well")
+
+
+def _concerns_weights(record: logging.LogRecord) -> bool:
+    """Rotary embeddings hold a computed table: vLLM warns at every reload that it found no weights for them."""
+    return "RotaryEmbedding: Failed to load weights" not in record.getMessage()
+
+
+def _end_without_owner(engine: psutil.Process, owner_pid: int) -> None:
+    """Wait until ``engine``, the owner's child that leads to this process, has another parent; then end both."""
+    try:
+        while engine.ppid() == owner_pid:
+            time.sleep(OWNER_POLL_S)
+        engine.kill()
+    except psutil.NoSuchProcess:
+        pass
+    os._exit(1)

@@ -1,0 +1,185 @@
+"""The program ``ocrm-ray``: ``check``, ``run``, ``study``, ``report``. Light to import; commands import what they need.
+
+Exit status: 0 done; 1 a failure of the run; 2 the user's mistake, one line a problem on stderr, nothing written;
+130 interrupted.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ocrm_ray import __version__
+from ocrm_ray.errors import Problem, RunError, UserError
+
+if TYPE_CHECKING:
+    from ocrm_ray.config import RunConfig, StudyConfig
+
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else MISTAKE
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except UserError as error:
+        _say(str(error))
+        return MISTAKE
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="ocrm-ray",
+        description="RLHF on Ray with a reward model that is corrected while the policy moves.",
+        epilog="CONFIG is a run, or a study (with arms). Paths in it are relative to the current directory.",
+    )
+    parser.add_argument("--version", action="version", version=f"ocrm-ray {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    check = commands.add_parser("check", help="resolve and validate a configuration and predict a step; touch nothing")
+    run = commands.add_parser("run", help="run everything: SFT, pairs, reward model, RL with corrections, report")
+    study = commands.add_parser("study", help="run arms x seeds over shared stages; finished runs are skipped")
+    report = commands.add_parser("report", help="rebuild report.html and plots/ from the files of a run folder")
+    for command, function in ((check, _check), (run, _run), (study, _study)):
+        command.set_defaults(command=function)
+        command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="set a dotted key, such as policy.num_updates=20"
+        )
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on in a run folder that has been used: finished stages (data, SFT, pairs, reward model) are not done "
+        "again; RL continues from its last checkpoint, and starts over where there is none",
+    )
+    report.set_defaults(command=_report)
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run, or of a study")
+    # argparse takes positionals that follow an option for unknown arguments: overrides may stand anywhere.
+    arguments, rest = parser.parse_known_args(argv)
+    options = [text for text in rest if text.startswith("-") or "overrides" not in arguments]
+    if options:
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ocrm_ray.config import StudyConfig
+    from ocrm_ray.config_file import load_any
+    from ocrm_ray.overview import show_run, show_study
+
+    config = load_any(arguments.config, arguments.overrides)
+    _refuse(_problems(config))
+    console = Console()
+    if isinstance(config, StudyConfig):
+        show_study(console, config)
+    else:
+        show_run(console, config)
+    return DONE
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ocrm_ray.config_file import anchored, load_run_config
+    from ocrm_ray.inspection import occupied
+
+    config = load_run_config(arguments.config, arguments.overrides)
+    _refuse([*_problems(config), *([] if arguments.resume else occupied(config))])
+
+    def launch() -> None:
+        from actors.launcher import run
+
+        run(anchored(config, Path.cwd()), resume=arguments.resume)
+
+    again = ["run", str(arguments.config), "--resume", *arguments.overrides]
+    return _guarded(launch, config.run_dir, again)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from ocrm_ray.config_file import load_study_config
+
+    study = load_study_config(arguments.config, arguments.overrides)
+    _refuse(_problems(study))
+
+    def launch() -> None:
+        from actors.launcher import run_study
+
+        run_study(study)
+
+    again = ["study", str(arguments.config), *arguments.overrides]
+    return _guarded(launch, study.output_dir / study.name, again)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    import json
+
+    from ocrm_ray.report import write_report
+    from ocrm_ray.study_report import write_study
+
+    folder: Path = arguments.run_dir
+    if not folder.is_dir():
+        raise UserError([Problem(str(folder), "no folder", "a run folder", "correct the path")])
+    if (folder / "study.json").is_file():
+        study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        page = write_study(folder, list(study["arms"]), study["seeds"])
+    else:
+        page = write_report(folder)
+    sys.stdout.write(f"{page}\n")
+    return DONE
+
+
+def _problems(config: "RunConfig | StudyConfig") -> list[Problem]:
+    from ocrm_ray.checks import contradictions, inspect, study_problems
+    from ocrm_ray.config import StudyConfig
+
+    if isinstance(config, StudyConfig):
+        return study_problems(config)
+    return [*contradictions(config), *inspect(config)]
+
+
+def _refuse(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)))
+
+
+def _guarded(launch: Callable[[], None], folder: Path, again: Sequence[str]) -> int:
+    """Launch; a failure is told as its cause, where the logs are, how to resume."""
+    resume = f"resume: {shlex.join(['ocrm-ray', *again])}"
+    try:
+        launch()
+    except UserError:
+        raise
+    except KeyboardInterrupt:
+        _say("interrupted", resume)
+        return INTERRUPTED
+    except RunError as error:
+        _say(f"error: {error}", *_logs(folder), resume)
+        return FAILED
+    except Exception as error:
+        _say(f"error: {type(error).__name__}: {error}", *_logs(folder), resume, "", traceback.format_exc())
+        return FAILED
+    return DONE
+
+
+def _logs(folder: Path) -> list[str]:
+    ray_folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()) / "ray"
+    return [
+        f"run folder: {folder}",
+        f"events: {folder / 'events.jsonl'}",
+        f"logs of the processes: {ray_folder / 'session_latest' / 'logs'}",
+    ]
+
+
+def _say(*lines: str) -> None:
+    sys.stderr.write("\n".join(lines) + "\n")

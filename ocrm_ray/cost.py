@@ -1,0 +1,183 @@
+"""How long a step will take: measured in an earlier run of the same folder, else from arithmetic at an assumed speed.
+
+From arithmetic: a forward pass over n tokens of a network of P parameters costs 2 P n operations, training on them
+three times that. Every prompt and response is taken at its longest. A pool runs at ``UTILISATION`` of what its
+threads (``CPU_OPERATIONS_PER_S`` each) or GPUs (``GPU_OPERATIONS_PER_S`` each) could do; pools that share this
+machine's cores cannot be faster together than the cores. Sampling adds ``DECODE_S`` for each token in sequence.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from ocrm_ray import praise
+from ocrm_ray.config import Dtype, Pool, RunConfig
+from ocrm_ray.machine import DTYPE_BYTES, NetworkSizes, pools_by_name
+from ocrm_ray.progress import duration_text
+from ocrm_ray.run_files import Run, correction_windows, read_run
+
+UTILISATION = 0.4
+CPU_OPERATIONS_PER_S: Mapping[Dtype, float] = {"float32": 50e9, "bfloat16": 200e9}
+"""A core with AVX-512, and with matrix instructions for bfloat16."""
+GPU_OPERATIONS_PER_S: Mapping[Dtype, float] = {"float32": 50e12, "bfloat16": 800e12}
+DECODE_S = 0.01
+PUBLISH_BYTES_PER_S = 0.2e9
+"""Saving, loading and repacking one copy of the weights."""
+REQUEST_S = 0.05
+_REMEDY = "lower correction.num_pairs, or give pools.scoring (ratios) and pools.reward (refit) more threads or GPUs"
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of one step by stage, of the step, and of one correction's parts (None: not known, or no refit)."""
+
+    source: str
+    stage_s: Mapping[str, float]
+    step_s: float
+    ratio_s: float | None
+    refit_s: float | None
+
+
+def measured_cost(config: RunConfig) -> StepCost | None:
+    """Means over the training steps and corrections in the run folder; None before there are any."""
+    if not (config.run_dir / "metrics.jsonl").is_file():
+        return None
+    run = read_run(config.run_dir)
+    steps = [row for row in run.metrics if row.get("step_s") and row.get("stage_s")]
+    if not steps:
+        return None
+    stages = {stage: fmean(row["stage_s"].get(stage) or 0.0 for row in steps) for stage in steps[0]["stage_s"]}
+    ratio_s, refit_s = _measured_correction(run)
+    source = f"measured over {len(steps)} steps in {config.run_dir}"
+    return StepCost(source, stages, fmean(row["step_s"] for row in steps), ratio_s, refit_s)
+
+
+def _measured_correction(run: Run) -> tuple[float | None, float | None]:
+    refits = [window for window in correction_windows(run) if window.refitted_s is not None]
+    if not refits:
+        return None, None
+    ratio_s = fmean((window.scored_s or window.started_s) - window.started_s for window in refits)
+    refit_s = fmean((window.refitted_s or 0.0) - (window.scored_s or window.started_s) for window in refits)
+    return ratio_s, refit_s
+
+
+def predicted_cost(config: RunConfig, sizes: NetworkSizes) -> StepCost:
+    """From operation counts; the module's text has the assumptions."""
+    pools, policy, rollout = config.pools, config.policy, config.rollout
+    length = _longest(config)
+    num_samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    forward = 2.0 * sizes.policy * num_samples * length
+    reward_forward = 2.0 * sizes.reward * num_samples * length
+    critic = reward_forward if policy.algorithm == "ppo" else 0.0
+    num_anchors = 2 if config.correction.kl_reference == "moving" else 1
+    work = {
+        "generation": forward,
+        "scoring": num_anchors * forward,
+        "reward": reward_forward,
+        "policy": (forward + critic) * (1 + 3 * policy.num_epochs),
+    }
+    batches = -(-num_samples // (pools.generation.max_running * pools.generation.num_actors))
+    seconds = {
+        name: REQUEST_S + work[name] / _speed(pool) for name, pool in pools_by_name(config).items() if name in work
+    }
+    stages = {
+        "generate": seconds["generation"] + batches * rollout.max_new_tokens * DECODE_S,
+        "score": max(seconds["scoring"], seconds["reward"]),
+        "train": seconds["policy"],
+        "publish": REQUEST_S + DTYPE_BYTES[pools.generation.dtype] * sizes.policy / PUBLISH_BYTES_PER_S,
+    }
+    if rollout.max_staleness == 0:
+        step_s = sum(stages.values())
+    else:
+        step_s = max(stages["generate"], stages["score"], stages["train"] + stages["publish"], _cores_s(config, work))
+    ratio_s, refit_s = _correction_s(config, sizes, length)
+    return StepCost(_assumptions(config), stages, step_s, ratio_s, refit_s)
+
+
+def _assumptions(config: RunConfig) -> str:
+    pools = pools_by_name(config).values()
+    rates = [
+        f"{CPU_OPERATIONS_PER_S[dtype] / 1e9:g} GFLOP/s a core in {dtype}"
+        for dtype in CPU_OPERATIONS_PER_S
+        if any(pool.dtype == dtype and not pool.gpus_per_actor for pool in pools)
+    ] + [
+        f"{GPU_OPERATIONS_PER_S[dtype] / 1e12:g} TFLOP/s a GPU in {dtype}"
+        for dtype in GPU_OPERATIONS_PER_S
+        if any(pool.dtype == dtype and pool.gpus_per_actor for pool in pools)
+    ]
+    return f"assumed {UTILISATION:.0%} of {', '.join(rates)}, prompts and responses at their longest"
+
+
+def _longest(config: RunConfig) -> int:
+    prompt = config.data.max_prompt_tokens if config.world is None else praise.PROMPT_WORDS
+    return prompt + config.rollout.max_new_tokens
+
+
+def _speed(pool: Pool) -> float:
+    """Operations a second of all actors of a pool."""
+    if pool.gpus_per_actor:
+        return UTILISATION * pool.num_actors * pool.gpus_per_actor * GPU_OPERATIONS_PER_S[pool.dtype]
+    num_threads = min(pool.num_actors * pool.threads_per_actor, os.cpu_count() or 1)
+    return UTILISATION * num_threads * CPU_OPERATIONS_PER_S[pool.dtype]
+
+
+def _cores_s(config: RunConfig, work: Mapping[str, float]) -> float:
+    """Seconds that this machine's cores need for the work of all CPU pools together."""
+    on_cpu = {name: pool for name, pool in pools_by_name(config).items() if name in work and not pool.gpus_per_actor}
+    core_s = sum(work[name] / (UTILISATION * CPU_OPERATIONS_PER_S[pool.dtype]) for name, pool in on_cpu.items())
+    return core_s / (os.cpu_count() or 1)
+
+
+def _correction_s(config: RunConfig, sizes: NetworkSizes, length: int) -> tuple[float | None, float | None]:
+    """Seconds of the ratios and of the refit; None, None where nothing is refitted or the pairs are not counted."""
+    correction, pairs = config.correction, config.pairs
+    sampled = None if pairs.ready else round(pairs.num_pairs * (1 - pairs.heldout_share))
+    num_pairs = correction.num_pairs or sampled or (pairs.ready.limit if pairs.ready else None)
+    if correction.strategy == "none" or num_pairs is None:
+        return None, None
+    tokens = 2.0 * num_pairs * length
+    ratio = 2.0 * sizes.policy * tokens if correction.strategy == "ocrm" else 0.0
+    calibration = 2.0 * sizes.reward * config.reward.num_calibration * length
+    refit = 6.0 * sizes.reward * tokens * correction.training.num_epochs + calibration
+    one_refit = config.pools.reward.model_copy(update={"num_actors": 1})
+    return ratio / _speed(config.pools.scoring), refit / _speed(one_refit)
+
+
+def cost_lines(config: RunConfig, cost: StepCost) -> list[str]:
+    """The prediction in words: its source, the stages, and whether corrections keep up with the steps."""
+    stages = ", ".join(f"{stage} {_seconds(seconds)}" for stage, seconds in cost.stage_s.items())
+    total = config.policy.num_updates * cost.step_s
+    return [
+        f"predicted step: {_seconds(cost.step_s)} ({stages}), {cost.source}",
+        f"predicted run: {config.policy.num_updates} updates, {duration_text(total)} without evaluations",
+        "corrections: " + _correction_line(config, cost),
+    ]
+
+
+def _correction_line(config: RunConfig, cost: StepCost) -> str:
+    correction = config.correction
+    if correction.strategy == "none":
+        return "none, the reward model stays as it is"
+    if cost.ratio_s is None or cost.refit_s is None:
+        return "not predicted, the number of pairs is not known (set correction.num_pairs)"
+    needed, window = cost.ratio_s + cost.refit_s, correction.every * cost.step_s
+    parts = f"ratios {_seconds(cost.ratio_s)} + refit {_seconds(cost.refit_s)}"
+    if correction.schedule == "blocking":
+        return f"{parts}, for which the run stops every {correction.every} updates (schedule blocking)"
+    condition = f"{correction.every} steps of {_seconds(cost.step_s)} = {_seconds(window)}"
+    bound = correction.promote_after or correction.max_lag
+    if bound is not None and needed > bound * cost.step_s:
+        wait = needed - bound * cost.step_s
+        return (
+            f"{parts} > {bound} steps of {_seconds(cost.step_s)}: training waits {_seconds(wait)} for each; {_REMEDY}"
+        )
+    if needed <= window:
+        return f"{parts} <= {condition}: they keep up and nothing waits"
+    every = math.ceil(needed / cost.step_s)
+    return f"{parts} > {condition}: they fall behind; set correction.every to {every} or more, or {_REMEDY}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -1,0 +1,129 @@
+"""Measuring held-out samples: gold, win rate against the SFT model, the reward model's on-policy accuracy, KL."""
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ocrm_ray.gold import GoldScorer
+from ocrm_ray.records import EvaluationReport, FloatArray, Prompt, Sample
+
+SampleRow = dict[str, object]
+
+
+class HeldoutEvaluator:
+    """Turns the samples of fixed prompts into a report and the rows that people read.
+
+    The first sample of every prompt is what is measured; a prompt's second sample only serves the on-policy pairs,
+    so that no prompt counts twice. Gold may be None: its fields are None then.
+    """
+
+    def __init__(
+        self,
+        prompts: Seq[Prompt],
+        tokenizer: Any,
+        gold: GoldScorer | None,
+        num_samples_saved: int,
+        sft_gold: Seq[float] | None = None,
+    ) -> None:
+        """``sft_gold``: gold scores [N] of the first evaluation, where a resumed run knows them already."""
+        self._prompts = tuple(prompts)
+        self._tokenizer = tokenizer
+        self._gold = gold
+        self._num_samples_saved = num_samples_saved
+        self.sft_gold = None if sft_gold is None else tuple(sft_gold)
+
+    def evaluate(
+        self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[FloatArray], sft_logprobs: Seq[Seq[FloatArray]]
+    ) -> tuple[EvaluationReport, list[SampleRow]]:
+        """Measure one or two samples of every prompt, with their proxy scores and SFT log-probs [T].
+
+        ``kl_sft`` is the mean over prompts of sum_t(log pi - log pi_sft) (the k1 estimator, in nats a response);
+        the first evaluation's scores become ``sft_gold``. The caller fills ``seconds``.
+        """
+        assert len(self._prompts) == len(samples) == len(proxy) == len(sft_logprobs)
+        first = [prompt_samples[0] for prompt_samples in samples]
+        responses = [[self._decode(sample) for sample in prompt_samples] for prompt_samples in samples]
+        gold = self._gold_scores(responses)
+        kl = [_log_ratio(sample, sft[0]) for sample, sft in zip(first, sft_logprobs, strict=True)]
+        report = EvaluationReport(
+            step=step,
+            policy_version=min(sample.first_version for sample in first),
+            proxy_mean=_mean([scores[0] for scores in proxy]),
+            kl_sft=_mean(kl),
+            response_tokens_mean=_mean([len(sample.sequence.response_ids) for sample in first]),
+            **({} if gold is None else self._gold_measures(gold, proxy)),
+        )
+        rows: list[SampleRow] = [
+            {
+                "step": step,
+                "prompt": self._prompts[index].text,
+                "response": responses[index][0],
+                "proxy": float(proxy[index][0]),
+                "gold": None if gold is None else gold[index][0],
+                "length": len(first[index].sequence.response_ids),
+            }
+            for index in range(min(self._num_samples_saved, len(samples)))
+        ]
+        return report, rows
+
+    def _decode(self, sample: Sample) -> str:
+        text: str = self._tokenizer.decode(sample.sequence.response_ids, skip_special_tokens=True)
+        return text.strip()
+
+    def _gold_scores(self, responses: list[list[str]]) -> list[list[float]] | None:
+        """Gold scores shaped like ``responses``, from one call of the scorer."""
+        if self._gold is None:
+            return None
+        owners = [prompt for prompt, texts in zip(self._prompts, responses, strict=True) for _ in texts]
+        scores = self._gold.score(
+            [prompt.text for prompt in owners],
+            [text for texts in responses for text in texts],
+            [prompt.reference for prompt in owners],
+        )
+        remaining = iter(scores)
+        return [[next(remaining) for _ in texts] for texts in responses]
+
+    def _gold_measures(self, gold: list[list[float]], proxy: Seq[FloatArray]) -> dict[str, Any]:
+        first = np.array([scores[0] for scores in gold])
+        if self.sft_gold is None:
+            self.sft_gold = tuple(first.tolist())
+        num_prompts = len(first)
+        return {
+            "gold_mean": float(first.mean()),
+            "gold_se": float(first.std(ddof=1) / np.sqrt(num_prompts)) if num_prompts > 1 else None,
+            "gold_win_rate": win_rate(first, np.array(self.sft_gold)),
+            "rm_accuracy": pair_accuracy(
+                [(scores[0], scores[1]) for scores in gold if len(scores) > 1],
+                [(scores[0], scores[1]) for scores in proxy if len(scores) > 1],
+            ),
+        }
+
+
+def win_rate(gold: npt.NDArray[np.float64], baseline: npt.NDArray[np.float64]) -> float:
+    """Share of the prompts [N] on which ``gold`` is above ``baseline``; a tie counts half."""
+    assert gold.shape == baseline.shape
+    return float(((gold > baseline) + 0.5 * (gold == baseline)).mean())
+
+
+def pair_accuracy(gold: Seq[tuple[float, float]], proxy: Seq[tuple[float, float]]) -> float | None:
+    """Share of pairs that proxy orders as gold does, a proxy tie counting half; pairs with a gold tie are left out.
+
+    None if no pair is left.
+    """
+    decided = [
+        0.5 if proxy_a == proxy_b else float((proxy_a > proxy_b) == (gold_a > gold_b))
+        for (gold_a, gold_b), (proxy_a, proxy_b) in zip(gold, proxy, strict=True)
+        if gold_a != gold_b
+    ]
+    return _mean(decided) if decided else None
+
+
+def _log_ratio(sample: Sample, sft_logprobs: FloatArray) -> float:
+    assert sample.logprobs.shape == sft_logprobs.shape
+    return float(np.sum(sample.logprobs, dtype=np.float64) - np.sum(sft_logprobs, dtype=np.float64))
+
+
+def _mean(values: Seq[float]) -> float:
+    return float(np.mean(values, dtype=np.float64))

@@ -1,0 +1,251 @@
+"""From scored rollouts to the loss of one policy update: pure tensors, no engine.
+
+``collect_experience`` turns rollouts into tensors, ``build_targets`` scores into advantages, ``micro_batches`` cuts a
+minibatch so that the shares of its micro-batches sum to the token mean of the whole, whatever their size.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ocrm_ray.algorithm.advantages import gae, grpo_advantages, rloo_advantages, shaped_rewards, whiten
+from ocrm_ray.algorithm.kl import kl_terms
+from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss
+from ocrm_ray.batches import PaddedBatch, SequenceTable, length_chunks, pad_rows
+from ocrm_ray.config import MissingEosPenalty, Policy, Rollout
+from ocrm_ray.errors import RunError
+from ocrm_ray.records import IntArray, UpdateReport
+from ocrm_ray.records import Rollout as ScoredRollout
+
+MIXED_VERSIONS = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """The N samples of a step in rollout order, group after group of ``group_size``.
+
+    Log-probs are float32 [N, T], 0 past the end of each response; ``mask`` [N, T] is True on response tokens;
+    ``scores`` [N] are the live reward model's; ``versions`` [N] the policy version that produced a sample,
+    ``MIXED_VERSIONS`` where there were several.
+    """
+
+    table: SequenceTable
+    sampler_logprobs: Tensor
+    anchor_logprobs: Tensor
+    sft_logprobs: Tensor
+    mask: Tensor
+    scores: Tensor
+    has_eos: Tensor
+    versions: Tensor
+    group_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What an update aims at, [N, T] each; ``values`` and ``returns`` only with a critic.
+
+    ``loss_mask``: the tokens that enter the loss.
+    """
+
+    advantages: Tensor
+    loss_mask: Tensor
+    values: Tensor | None = None
+    returns: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Some samples of a minibatch, cut to their longest response; ``share`` of the minibatch's loss tokens."""
+
+    batch: PaddedBatch
+    experience_rows: Tensor
+    sampler_logprobs: Tensor
+    anchor_logprobs: Tensor
+    targets: Targets
+    share: float
+
+
+def require_live_scores(rollouts: Seq[ScoredRollout], reward_version: int, anchor_version: int) -> None:
+    """RunError if a rollout is not scored, or by another reward model or anchor than the live ones."""
+    for rollout in rollouts:
+        if rollout.scores is None:
+            raise RunError(f"prompt {rollout.prompt.prompt_id}: trained on before it was scored")
+        for scores in rollout.scores:
+            if (scores.reward_version, scores.anchor_version) != (reward_version, anchor_version):
+                raise RunError(
+                    f"prompt {rollout.prompt.prompt_id}: scored by reward model {scores.reward_version} and anchor "
+                    f"{scores.anchor_version}, live are reward model {reward_version} and anchor {anchor_version}"
+                )
+
+
+def collect_experience(rollouts: Seq[ScoredRollout], pad_id: int) -> Experience:
+    """The samples of scored rollouts, which all have the same number of samples, as tensors."""
+    samples = [sample for rollout in rollouts for sample in rollout.samples]
+    scores = [score for rollout in rollouts for score in rollout.scores or ()]
+    group_size = len(rollouts[0].samples)
+    assert all(len(rollout.samples) == group_size for rollout in rollouts), "groups of different sizes"
+    assert len(scores) == len(samples), "a rollout without scores"
+    table = SequenceTable([sample.sequence for sample in samples], pad_id)
+    lengths = torch.from_numpy(table.response_lengths)
+    spans = ((sample.first_version, sample.last_version) for sample in samples)
+    return Experience(
+        table=table,
+        sampler_logprobs=pad_rows([sample.logprobs for sample in samples]),
+        anchor_logprobs=pad_rows([score.anchor_logprobs for score in scores]),
+        sft_logprobs=pad_rows([score.sft_logprobs for score in scores]),
+        mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        scores=torch.tensor([score.reward for score in scores], dtype=torch.float32),
+        has_eos=torch.tensor([sample.sequence.has_eos for sample in samples]),
+        versions=torch.tensor([first if first == last else MIXED_VERSIONS for first, last in spans]),
+        group_size=group_size,
+    )
+
+
+def build_targets(experience: Experience, policy: Policy, rollout: Rollout, values: Tensor | None = None) -> Targets:
+    """Advantages from scores, per token [N, T]; PPO needs the critic's ``values`` [N, T] from before the update.
+
+    Responses without EOS get the penalty in place of their score, or with ``mask`` stay out of the loss and of the
+    baselines and statistics of others. With the KL in the reward, RLOO and GRPO subtract its sum over the response
+    from the score, PPO spreads it over the tokens.
+    """
+    counted, scores = _counted_scores(experience, rollout)
+    loss_mask = experience.mask & counted[:, None]
+    coefficient = policy.kl_coefficient if policy.kl_placement == "reward" else 0.0
+    kl = kl_terms(experience.sampler_logprobs, experience.anchor_logprobs, policy.kl_estimator)
+    if policy.algorithm == "ppo":
+        assert values is not None, "PPO needs the critic's values"
+        rewards = shaped_rewards(scores, kl, experience.mask, coefficient)
+        advantages, returns = gae(rewards, values, experience.mask, policy.gamma, policy.gae_lambda)
+        return Targets(whiten(advantages, loss_mask), loss_mask, values, returns)
+    rewards = (scores - coefficient * kl.sum(1)).view(-1, experience.group_size)
+    baseline = rloo_advantages if policy.algorithm == "rloo" else grpo_advantages
+    advantages = baseline(rewards, valid=counted.view(-1, experience.group_size)).view(-1, 1)
+    return Targets(advantages * loss_mask, loss_mask)
+
+
+def _counted_scores(experience: Experience, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """(samples that count, their scores), [N] each."""
+    if isinstance(rollout.missing_eos, MissingEosPenalty):
+        penalty = torch.tensor(rollout.missing_eos.penalty)
+        return torch.ones_like(experience.has_eos), torch.where(experience.has_eos, experience.scores, penalty)
+    return experience.has_eos, experience.scores
+
+
+def minibatches(num_samples: int, num_minibatches: int, seed: Seq[int]) -> list[IntArray]:
+    """Indices of the samples, shuffled by ``seed`` and cut into at most ``num_minibatches`` parts of even size."""
+    order = np.random.default_rng(seed).permutation(num_samples).astype(np.int64)
+    return [part for part in np.array_split(order, num_minibatches) if part.size]
+
+
+def micro_batches(
+    experience: Experience, targets: Targets, rows: IntArray, micro_batch_size: int, device: torch.device
+) -> Iterator[MicroBatch]:
+    """A minibatch ``rows`` in parts of similar length; none where no token of it enters the loss."""
+    num_tokens = int(targets.loss_mask[torch.from_numpy(rows)].sum())
+    if num_tokens == 0:
+        return
+    for chunk in length_chunks(experience.table.lengths[rows], micro_batch_size):
+        chosen = rows[chunk]
+        index = torch.from_numpy(chosen)
+        batch = experience.table.batch(chosen)
+        width = int(batch.response_lengths.max())
+
+        def cut(values: Tensor, index: Tensor = index, width: int = width) -> Tensor:
+            return values[index, :width].to(device)
+
+        yield MicroBatch(
+            batch=batch.to(device),
+            experience_rows=index,
+            sampler_logprobs=cut(experience.sampler_logprobs),
+            anchor_logprobs=cut(experience.anchor_logprobs),
+            targets=Targets(
+                cut(targets.advantages),
+                cut(targets.loss_mask),
+                None if targets.values is None else cut(targets.values),
+                None if targets.returns is None else cut(targets.returns),
+            ),
+            share=float(targets.loss_mask[index].sum()) / num_tokens,
+        )
+
+
+def policy_loss(logprobs: Tensor, micro: MicroBatch, policy: Policy) -> tuple[Tensor, Tensor]:
+    """(loss, clip share) of a micro-batch, scaled by its share: over a minibatch they sum to the token means."""
+    mask = micro.targets.loss_mask
+    loss, clip_share = clipped_policy_loss(
+        logprobs, micro.sampler_logprobs, micro.targets.advantages, mask, policy.clip_range
+    )
+    if policy.kl_placement == "loss" and policy.kl_coefficient > 0:
+        kl = kl_terms(logprobs, micro.anchor_logprobs, policy.kl_estimator)
+        loss = loss + policy.kl_coefficient * kl.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+    return micro.share * loss, micro.share * clip_share
+
+
+def value_loss(values: Tensor, micro: MicroBatch, policy: Policy) -> Tensor:
+    """The critic's loss of a micro-batch, scaled by its share; without ``value_coefficient``."""
+    targets = micro.targets
+    assert targets.values is not None
+    assert targets.returns is not None
+    loss = clipped_value_loss(values, targets.values, targets.returns, targets.loss_mask, policy.value_clip_range)
+    return micro.share * loss
+
+
+def learning_rate_factor(update: int, policy: Policy, period: int) -> float:
+    """Factor of the learning rate at the ``update``-th update (from 0) of a schedule of ``period`` updates.
+
+    ``linear``: 1, 1 - 1/period, ..., 1/period, and that last value for updates beyond the period.
+    """
+    if policy.lr_schedule == "constant":
+        return 1.0
+    return max(1.0 - update / period, 1.0 / period)
+
+
+@dataclass(slots=True)
+class UpdateStatistics:
+    """What an update reports, summed up while it runs."""
+
+    losses: list[float] = field(default_factory=list)
+    value_losses: list[float] = field(default_factory=list)
+    clip_shares: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    entropy_sum: float = 0.0
+    num_entropy_tokens: int = 0
+    gap_sum: float = 0.0
+    num_gap_tokens: int = 0
+
+    def add_entropy(self, entropy: Tensor, micro: MicroBatch) -> None:
+        """``entropy`` [B, T] of a micro-batch."""
+        self.entropy_sum += float(entropy.sum())
+        self.num_entropy_tokens += int(micro.batch.response_lengths.sum())
+
+    def add_gap(self, logprobs: Tensor, micro: MicroBatch, experience: Experience, version: int) -> None:
+        """``logprobs`` [B, T] by the weights of ``version``; only samples that it produced alone are compared."""
+        same = (experience.versions[micro.experience_rows] == version).to(logprobs.device)
+        gaps = (logprobs.detach() - micro.sampler_logprobs).abs()
+        compared = micro.batch.response_mask & same[:, None]
+        self.gap_sum += float(gaps[compared].sum())
+        self.num_gap_tokens += int(compared.sum())
+
+    def report(self, experience: Experience, version: int, seconds: float) -> UpdateReport:
+        """The report of the update to ``version``; KLs are means over responses of k1 sums, from sampling log-probs."""
+        against_anchor = experience.sampler_logprobs - experience.anchor_logprobs
+        against_sft = experience.sampler_logprobs - experience.sft_logprobs
+        return UpdateReport(
+            version=version,
+            loss=_mean(self.losses),
+            kl_anchor=float(against_anchor.sum(1).mean()),
+            kl_sft=float(against_sft.sum(1).mean()),
+            entropy=self.entropy_sum / max(self.num_entropy_tokens, 1),
+            clip_share=_mean(self.clip_shares),
+            grad_norm=_mean(self.grad_norms),
+            logprob_gap=self.gap_sum / max(self.num_gap_tokens, 1),
+            seconds=seconds,
+            value_loss=_mean(self.value_losses) if self.value_losses else None,
+        )
+
+
+def _mean(values: Seq[float]) -> float:
+    return sum(values) / max(len(values), 1)

@@ -1,0 +1,202 @@
+"""The embedded world "praise": a small word-level language with a known true reward, drawn whole from a seed.
+
+A prompt names four topics; a response is twelve words. A little praise is liked, hype is not, variety and the
+topics of the prompt are. The source that the SFT model learns from praises about 1.7 times a response, so pairs
+of its samples hardly show hype, and a reward model fitted to them can be gamed.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ocrm_ray.config import PraiseWorld
+from ocrm_ray.data_files import write_jsonl
+from ocrm_ray.errors import Problem, UserError
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+PRAISE = ("great", "wonderful", "excellent", "brilliant", "amazing", "superb")
+TOPICS = (
+    "river", "garden", "music", "winter", "harbour", "bread", "mountain", "letter", "market", "lamp",
+    "forest", "train", "school", "island", "painting", "bridge", "coffee", "storm", "village", "window",
+)  # fmt: skip
+PLAIN = (
+    "the", "and", "with", "near", "under", "small", "old", "quiet", "warm", "slow",
+    "we", "they", "saw", "found", "made", "kept", "often", "again", "there",
+)  # fmt: skip
+VOCABULARY = (PAD, EOS, UNKNOWN, *PRAISE, *TOPICS, *PLAIN)
+
+RESPONSE_WORDS = 12
+PROMPT_WORDS = 4
+HEAD_DIM = 32
+MAX_TOKENS = 64
+
+_PRAISE_CHANCE = 0.163
+"""After a word that is not praise: 1.7 praise words in twelve, since praise never follows praise."""
+_TOPIC_CHANCE = 0.08
+_PLAIN_CONCENTRATION = 0.3
+_TOPIC_CONCENTRATION = 0.05
+"""Of the Dirichlet rows of the source: below 1, a word has a few favourite successors, seldom a topic."""
+
+
+def gold(prompts: Sequence[str], responses: Sequence[str], references: Sequence[str | None]) -> list[float]:
+    """The true reward: min(p, 4) - 1.5 max(0, p - 4) + 0.4 (distinct words - 8) + 0.8 (prompt words mentioned).
+
+    p counts praise words. Words are separated by white space; a response of any length is scored as it is.
+    """
+    return [_gold(prompt.split(), response.split()) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _gold(prompt: list[str], response: list[str]) -> float:
+    num_praise = sum(word in PRAISE for word in response)
+    distinct = set(response)
+    mentioned = len(distinct.intersection(prompt))
+    return min(num_praise, 4) - 1.5 * max(0, num_praise - 4) + 0.4 * (len(distinct) - 8) + 0.8 * mentioned
+
+
+class PraiseSource:
+    """Where SFT responses come from: a Markov chain over plain and topic words, mixed with praise and the prompt.
+
+    A word is praise with some chance, but not after praise, so that five praise words are a rarity (0.4 %); else
+    it is one of the prompt's topics with a small chance, else a successor of the word before. Which praise and
+    which successors are favoured is drawn with the seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng([seed, 0])
+        self._words = (*PRAISE, *TOPICS, *PLAIN)
+        num_states = len(self._words) + 1
+        praise = rng.dirichlet([_PLAIN_CONCENTRATION] * len(PRAISE), num_states)
+        concentration = [_TOPIC_CONCENTRATION] * len(TOPICS) + [_PLAIN_CONCENTRATION] * len(PLAIN)
+        successors = rng.dirichlet(concentration, num_states)
+        self._praise = praise.cumsum(axis=1)
+        self._successors = successors.cumsum(axis=1)
+
+    def draw(self, prompts: Sequence[str], rng: np.random.Generator) -> list[str]:
+        """One response of twelve words for each prompt."""
+        return [self._response(prompt.split(), rng.random((RESPONSE_WORDS, 2))) for prompt in prompts]
+
+    def _response(self, topics: list[str], chances: "np.ndarray[Any, np.dtype[np.float64]]") -> str:
+        """``chances`` [12, 2]: what kind of word comes, and which one of its kind."""
+        response: list[str] = []
+        state = len(self._words)
+        for kind, which in chances:
+            praise_chance = 0.0 if state < len(PRAISE) else _PRAISE_CHANCE
+            if kind < praise_chance:
+                state = _choose(self._praise[state], which)
+            elif kind < praise_chance + _TOPIC_CHANCE:
+                state = self._words.index(topics[int(which * len(topics))])
+            else:
+                state = len(PRAISE) + _choose(self._successors[state], which)
+            response.append(self._words[state])
+        return " ".join(response)
+
+
+def _choose(cumulative: "np.ndarray[Any, np.dtype[np.float64]]", chance: float) -> int:
+    return min(int(np.searchsorted(cumulative, chance, side="right")), len(cumulative) - 1)
+
+
+def draw_prompts(num_prompts: int, seed: int) -> list[str]:
+    """Different prompts of four different topics each. Raises UserError: more than there are."""
+    num_possible = math.perm(len(TOPICS), PROMPT_WORDS)
+    if num_prompts > num_possible:
+        do = "lower it"
+        raise UserError([Problem("world.num_prompts", str(num_prompts), f"at most {num_possible}", do)])
+    rng = np.random.default_rng([seed, 1])
+    prompts: dict[str, None] = {}
+    while len(prompts) < num_prompts:
+        topics = rng.choice(len(TOPICS), PROMPT_WORDS, replace=False)
+        prompts[" ".join(TOPICS[topic] for topic in topics)] = None
+    return list(prompts)
+
+
+def build_tokenizer() -> Any:
+    """A word-level tokenizer of the language: white space separates, nothing is added, pad and EOS differ."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        model_max_length=MAX_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write_world(folder: Path, world: PraiseWorld, seed: int) -> None:
+    """Write ``policy/`` and ``reward/`` (untrained Hugging Face folders with tokenizer) and ``prompts.jsonl``.
+
+    The same seed writes the same bytes. Raises UserError: more prompts than the language has, or a width that is
+    not a multiple of 32, the width of a head.
+    """
+    problems = [
+        Problem(f"world.{name}", str(size), f"a multiple of {HEAD_DIM}", "choose one: heads are 32 wide")
+        for name, size in (
+            ("policy_hidden_size", world.policy_hidden_size),
+            ("reward_hidden_size", world.reward_hidden_size),
+        )
+        if size % HEAD_DIM
+    ]
+    if problems:
+        raise UserError(problems)
+    prompts = draw_prompts(world.num_prompts, seed)
+    references = PraiseSource(seed).draw(prompts, np.random.default_rng([seed, 2]))
+    _write_policy(folder / "policy", world.policy_hidden_size, seed)
+    _write_reward(folder / "reward", world.reward_hidden_size, seed)
+    rows = ({"prompt": p, "reference": r} for p, r in zip(prompts, references, strict=True))
+    write_jsonl(folder / "prompts.jsonl", rows)
+
+
+def _write_policy(folder: Path, hidden_size: int, seed: int) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_torch_seed(seed, 3))
+        model = LlamaForCausalLM(_llama_config(hidden_size, num_layers=2, tie_word_embeddings=True))
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+
+
+def _write_reward(folder: Path, hidden_size: int, seed: int) -> None:
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_torch_seed(seed, 4))
+        model = LlamaForSequenceClassification(_llama_config(hidden_size, num_layers=1, num_labels=1))
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+
+
+def _torch_seed(seed: int, stream: int) -> int:
+    return int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _llama_config(hidden_size: int, num_layers: int, **settings: object) -> Any:
+    from transformers import LlamaConfig
+
+    num_heads = hidden_size // HEAD_DIM
+    return LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=MAX_TOKENS,
+        pad_token_id=VOCABULARY.index(PAD),
+        bos_token_id=None,
+        eos_token_id=VOCABULARY.index(EOS),
+        dtype="float32",
+        **settings,
+    )

@@ -1,0 +1,68 @@
+"""Fitting a reward model to preference pairs, without the loop: batches, loss, order, learning rate, accuracy.
+
+Row 2i of a pair table is the chosen response of pair i, row 2i + 1 the rejected one.
+"""
+
+import math
+from collections.abc import Sequence as Seq
+
+import numpy as np
+from torch import Tensor
+
+from ocrm_ray.algorithm.preference_loss import bradley_terry_loss
+from ocrm_ray.batches import SequenceTable
+from ocrm_ray.preferences import Pair
+from ocrm_ray.records import IntArray, Sequence
+
+
+def interleaved(pairs: Seq[Pair]) -> list[Sequence]:
+    """chosen, rejected, chosen, ... of the pairs in order: 2N sequences."""
+    return [sequence for pair in pairs for sequence in (pair.chosen, pair.rejected)]
+
+
+def pair_table(pairs: Seq[Pair], pad_id: int) -> SequenceTable:
+    """The pairs' 2N sequences, as tensors are cut from them."""
+    return SequenceTable(interleaved(pairs), pad_id)
+
+
+def pair_rows(indices: IntArray) -> IntArray:
+    """Table rows [2N] of pairs ``indices`` [N]: all chosen, then all rejected."""
+    return np.concatenate([2 * indices, 2 * indices + 1])
+
+
+def pair_lengths(table: SequenceTable) -> IntArray:
+    """Tokens [N] of the longer sequence of each pair."""
+    lengths: IntArray = table.lengths.reshape(-1, 2).max(axis=1)
+    return lengths
+
+
+def weighted_pair_loss(scores: Tensor, weights: Tensor | None, batch_size: int) -> Tensor:
+    """Bradley-Terry loss of n pairs as part of an optimiser batch of ``batch_size`` pairs.
+
+    ``scores`` [2n] in the order of ``pair_rows``, ``weights`` [n] or None. The parts of a batch sum to its mean.
+    """
+    chosen, rejected = scores.chunk(2)
+    return bradley_terry_loss(chosen, rejected, weights) * (len(chosen) / batch_size)
+
+
+def epoch_batches(num_pairs: int, batch_size: int, num_epochs: int, seed: int) -> list[IntArray]:
+    """Positions of every optimiser batch: each epoch a new order by ``seed``, its last batch possibly smaller."""
+    generator = np.random.default_rng(seed)
+    orders = [generator.permutation(num_pairs).astype(np.int64) for _ in range(num_epochs)]
+    return [order[start : start + batch_size] for order in orders for start in range(0, num_pairs, batch_size)]
+
+
+def cosine_factor(step: int, num_steps: int) -> float:
+    """Factor of the learning rate at ``step`` (from 0) of ``num_steps``: half a cosine from 1 towards 0."""
+    return (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+def pair_accuracy(scores: Tensor) -> float:
+    """Share of pairs whose chosen response scores higher; a tie counts half. ``scores`` [2N], interleaved."""
+    chosen, rejected = scores.view(-1, 2).unbind(1)
+    return float(((chosen > rejected).double() + (chosen == rejected).double() / 2).mean())
+
+
+def calibration_sequences(pairs: Seq[Pair], num_sequences: int) -> list[Sequence]:
+    """The frozen calibration set: responses of the first pairs, interleaved, at most ``num_sequences``."""
+    return interleaved(pairs[: (num_sequences + 1) // 2])[:num_sequences]

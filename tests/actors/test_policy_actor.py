@@ -1,0 +1,246 @@
+"""The trainer with real DeepSpeed engines, in this process, on a tiny policy."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import (
+    EOS,
+    build_policy,
+    random_pairs,
+    run_config,
+    save_pairs,
+    save_policy,
+    save_reward_model,
+    scored_rollout,
+)
+
+from actors.policy import PolicyActor
+from actors.training_engine import EngineSettings, TrainingEngine
+from ocrm_ray.batches import pad_batch
+from ocrm_ray.errors import RunError
+from ocrm_ray.networks import load_causal_lm, response_logprobs
+from ocrm_ray.records import RefitReport, Sequence
+
+pytestmark = pytest.mark.real
+
+SEQUENCES = [
+    Sequence((5, 6), (8, 9, 10, EOS), True),
+    Sequence((5, 6), (12, EOS), True),
+    Sequence((5, 6), (13, 14, 15), False),
+    Sequence((5, 6), (7, 20, 21, 22, EOS), True),
+]
+REWARDS = [2.0, -1.0, 0.5, -0.5]
+
+
+def make_actor(tmp_path, reward_path=None, tied=True, **sections):
+    folder = save_policy(tmp_path / "sft", tie_word_embeddings=tied)
+    sections = {"policy": {"learning_rate": 3e-3, "kl_coefficient": 0.0}} | sections
+    config = run_config(tmp_path, **sections)
+    actor = PolicyActor(config, folder, reward_path, config.run_dir, tmp_path / "exports")
+    if reward_path is not None:
+        save_pairs(config, random_pairs(16, seed=1))
+    actor.start()
+    return actor
+
+
+def rollouts_of(actor, rewards=REWARDS, **fields):
+    """Rollouts whose sampling log-probs are the trainer's own, at temperature 1."""
+    return [scored_rollout(SEQUENCES, actor.logprobs(SEQUENCES), rewards, **fields)]
+
+
+def sums(actor):
+    return np.array([row.sum() for row in actor.logprobs(SEQUENCES)])
+
+
+def test_update_raises_what_was_rewarded_and_lowers_what_was_not(tmp_path):
+    actor = make_actor(tmp_path)
+    before = sums(actor)
+    report = actor.update(rollouts_of(actor))
+    change = sums(actor) - before
+    assert change[0] > 0
+    assert change[1] < 0
+    assert report.version == 1
+    assert report.logprob_gap < 1e-6
+    assert report.grad_norm > 0
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
+def test_update_does_not_depend_on_the_micro_batch_size(tmp_path, zero_stage, algorithm):
+    results = []
+    for size in (1, 3, 4):
+        folder = tmp_path / str(size)
+        settings = {"micro_batch_size": size, "algorithm": algorithm, "zero_stage": zero_stage, "num_epochs": 2}
+        reward = save_reward_model(folder / "rm") if algorithm == "ppo" else None
+        rollout = {"missing_eos": "mask"}
+        actor = make_actor(folder, reward, policy=settings | {"learning_rate": 1e-3}, rollout=rollout)
+        report = actor.update(rollouts_of(actor))
+        results.append((sums(actor), report))
+    for values, report in results[1:]:
+        np.testing.assert_allclose(values, results[0][0], atol=2e-4)
+        assert report.loss == pytest.approx(results[0][1].loss, abs=1e-5)
+        assert report.grad_norm == pytest.approx(results[0][1].grad_norm, rel=1e-4)
+        assert report.entropy == pytest.approx(results[0][1].entropy, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_exported_file_reproduces_the_trainers_logprobs_and_names_the_head(tmp_path, tied):
+    actor = make_actor(tmp_path, tied=tied)
+    actor.update(rollouts_of(actor))
+    weights = actor.export_weights()
+    assert weights.version == 1
+    assert weights.num_bytes == weights.path.stat().st_size
+    state = load_file(weights.path)
+    assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]) == tied
+    model = build_policy(tie_word_embeddings=tied)
+    model.load_state_dict(state)
+    batch = pad_batch(SEQUENCES, EOS)
+    rows = response_logprobs(model, batch, 1.0).detach()
+    for row, expected in zip(rows.numpy(), actor.logprobs(SEQUENCES), strict=True):
+        np.testing.assert_allclose(row[: len(expected)], expected, atol=1e-6)
+    actor.release_weights(weights)
+    assert list(weights.path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_saved_policy_is_the_trained_one(tmp_path, zero_stage):
+    actor = make_actor(tmp_path, policy={"learning_rate": 3e-3, "zero_stage": zero_stage})
+    actor.update(rollouts_of(actor))
+    actor.save("checkpoints/step-1")
+    folder = tmp_path / "test" / "checkpoints" / "step-1"
+    model = load_causal_lm(folder, dtype="float32", trust_remote_code=False)
+    saved = response_logprobs(model, pad_batch(SEQUENCES, EOS), 1.0).sum(1)
+    np.testing.assert_allclose(saved.detach().numpy(), sums(actor), atol=1e-5)
+
+
+def test_stale_scores_are_refused_until_the_commit_makes_them_live(tmp_path):
+    actor = make_actor(tmp_path)
+    rescored = rollouts_of(actor, versions=(1, 10))
+    with pytest.raises(RunError, match="scored by reward model 1 and anchor 10, live are reward model 0 and anchor 0"):
+        actor.update(rescored)
+    actor.stage("snapshot-10", None)
+    actor.commit("snapshot-10", 1, 10)
+    assert actor.update(rescored).version == 1
+    with pytest.raises(RunError):
+        actor.update(rollouts_of(actor))
+
+
+def test_reset_at_promotion_makes_the_update_that_of_a_fresh_optimiser(tmp_path):
+    """After a first update whose moments a reset must forget, the same weights take the same second step."""
+    changed = {"correction": {"reset_optimizer": True, "every": 4}}
+    changed["policy"] = {"learning_rate": 3e-3, "lr_schedule": "linear", "kl_coefficient": 0.0}
+    kept = make_actor(tmp_path / "kept", **changed)
+    kept.update(rollouts_of(kept))
+    kept.save("after-one")
+    config = run_config(tmp_path / "fresh", **changed)
+    fresh = PolicyActor(config, str(tmp_path / "kept" / "test" / "after-one"), None, config.run_dir, tmp_path / "e")
+    fresh.start()
+    kept.commit("snapshot-1", 0, 0)
+    rollouts = rollouts_of(kept, rewards=REWARDS[::-1])
+    kept.update(rollouts)
+    fresh.update(rollouts)
+    np.testing.assert_allclose(sums(kept), sums(fresh), atol=2e-5)
+
+
+def test_commit_again_does_not_reset_again(tmp_path):
+    changed = {"correction": {"reset_optimizer": True}}
+    once, twice = (make_actor(tmp_path / name, **changed) for name in ("once", "twice"))
+    for actor in (once, twice):
+        actor.commit("snapshot-1", 0, 0)
+        actor.update(rollouts_of(actor))
+    twice.commit("snapshot-1", 0, 0)
+    rollouts = rollouts_of(once, rewards=REWARDS[::-1])
+    once.update(rollouts)
+    twice.update(rollouts)
+    np.testing.assert_array_equal(sums(once), sums(twice))
+
+
+def ppo_actor(tmp_path, **correction):
+    reward = save_reward_model(tmp_path / "rm")
+    settings = {"algorithm": "ppo", "learning_rate": 1e-9, "critic_learning_rate": 3e-3, "value_clip_range": 100.0}
+    return make_actor(tmp_path, reward, policy=settings, correction=correction)
+
+
+def test_critic_learns_the_returns_of_the_same_rollouts(tmp_path):
+    actor = ppo_actor(tmp_path)
+    losses = [actor.update(rollouts_of(actor)).value_loss for _ in range(12)]
+    assert losses[-1] < losses[0] / 3
+
+
+def test_promoted_critic_is_that_of_an_actor_which_started_from_the_new_reward_model(tmp_path):
+    other = save_reward_model(tmp_path / "other", seed=9)
+    refit = RefitReport("snapshot-3", 1, other, 0.0, 0.0, 0.0)
+    actor = ppo_actor(tmp_path / "a", critic_on_promote="reinit")
+    for _ in range(3):
+        actor.update(rollouts_of(actor))
+    actor.stage("snapshot-3", refit)
+    before = actor.update(rollouts_of(actor)).value_loss
+    actor.commit("snapshot-3", 1, 0)
+    after = actor.update(rollouts_of(actor, versions=(1, 0))).value_loss
+    fresh = make_actor(tmp_path / "b", other, policy={"algorithm": "ppo", "value_clip_range": 100.0})
+    expected = fresh.update(rollouts_of(fresh)).value_loss
+    assert after == pytest.approx(expected, rel=1e-4)
+    assert before != pytest.approx(expected, rel=1e-2)
+
+
+def test_critic_is_kept_where_the_configuration_says_so(tmp_path):
+    actor = ppo_actor(tmp_path, critic_on_promote="keep")
+    losses = [actor.update(rollouts_of(actor)).value_loss for _ in range(6)]
+    actor.stage("s", RefitReport("s", 1, tmp_path / "nowhere", 0.0, 0.0, 0.0))
+    actor.commit("s", 1, 0)
+    assert actor.update(rollouts_of(actor, versions=(1, 0))).value_loss < losses[-1]
+
+
+def engine_weights(zero_stage, dtype, num_parts, steps=3):
+    """Weights of a policy after some steps on fixed sequences, each step in ``num_parts`` parts."""
+    settings = EngineSettings(1e-3, max_grad_norm=0.05, zero_stage=zero_stage, dtype=dtype)
+    engine = TrainingEngine(build_policy(), settings)
+    tokens = torch.randint(0, 32, (8, 12), generator=torch.Generator().manual_seed(1))
+    norms = []
+    for _ in range(steps):
+        parts = tokens.chunk(num_parts)
+        for number, part in enumerate(parts, start=1):
+            logits = engine.forward(input_ids=part, use_cache=False).logits.float()
+            losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), part[:, 1:], reduction="none")
+            engine.accumulate(losses.sum() / tokens[:, 1:].numel(), is_last=number == num_parts)
+        norms.append(engine.step(1.0))
+    weights, rotary = engine.weights(), engine.network.model.rotary_emb.inv_freq.clone()
+    engine.close()
+    return weights, norms, rotary
+
+
+def test_every_zero_stage_takes_the_step_of_plain_torch_with_clipping():
+    model = build_policy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    tokens = torch.randint(0, 32, (8, 12), generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        logits = model(input_ids=tokens).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = model.state_dict()
+    for stage in range(4):
+        weights, _, _ = engine_weights(stage, "float32", num_parts=2)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, expected[name], atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_bfloat16_trains_with_float32_gradients_and_rotary_frequencies(zero_stage):
+    whole, norms, rotary = engine_weights(zero_stage, "bfloat16", num_parts=1)
+    _, split_norms, _ = engine_weights(zero_stage, "bfloat16", num_parts=8)
+    assert whole["lm_head.weight"].dtype == torch.bfloat16
+    assert torch.equal(rotary, build_policy().model.rotary_emb.inv_freq)
+    assert norms == pytest.approx(split_norms, rel=2e-2)
+
+
+def test_groups_of_different_sizes_are_a_programming_error(tmp_path):
+    actor = make_actor(tmp_path)
+    (rollout,) = rollouts_of(actor)
+    smaller = replace(rollout, samples=rollout.samples[:2], scores=rollout.scores[:2])
+    with pytest.raises(AssertionError, match="groups of different sizes"):
+        actor.update([rollout, smaller])

@@ -1,0 +1,50 @@
+import numpy as np
+import torch
+
+from ocrm_ray.batches import SequenceTable, chunks_by_length, cut_rows, pad_batch, pad_rows
+from ocrm_ray.records import Sequence
+
+SEQUENCES = [
+    Sequence((5, 6, 7), (8, 2), True),
+    Sequence((9,), (10, 11, 12, 2), True),
+    Sequence((13, 14), (15,), False),
+]
+
+
+def test_rows_are_padded_on_the_right():
+    batch = pad_batch(SEQUENCES, pad_id=2)
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 2], [9, 10, 11, 12, 2], [13, 14, 15, 2, 2]]
+    assert batch.last_positions.tolist() == [4, 4, 2]
+
+
+def test_response_mask_covers_responses_even_where_padding_is_eos():
+    mask = pad_batch(SEQUENCES, pad_id=2).response_mask
+    assert mask.tolist() == [[True, True, False, False], [True, True, True, True], [True, False, False, False]]
+
+
+def test_predicting_position_is_the_column_before_the_token():
+    batch = pad_batch(SEQUENCES, pad_id=0)
+    positions, mask = batch.predicting_positions(), batch.response_mask
+    predicted = batch.tokens.gather(1, positions + 1)
+    assert [row[keep].tolist() for row, keep in zip(predicted, mask, strict=True)] == [[8, 2], [10, 11, 12, 2], [15]]
+
+
+def test_table_gives_any_rows_in_the_order_asked_for():
+    batch = SequenceTable(SEQUENCES, pad_id=0).batch([2, 0])
+    assert batch.tokens.tolist() == [[13, 14, 15, 0, 0], [5, 6, 7, 8, 2]]
+    assert batch.prompt_lengths.tolist() == [2, 3]
+    assert batch.response_lengths.tolist() == [1, 2]
+
+
+def test_chunks_hold_every_index_once_and_do_not_mix_lengths_needlessly():
+    lengths = [3, 9, 1, 7, 5, 9, 2]
+    sequences = [Sequence((1,), tuple(range(length)), False) for length in lengths]
+    chunks = chunks_by_length(sequences, 3)
+    assert [[lengths[index] for index in chunk] for chunk in chunks] == [[9, 9, 7], [5, 3, 2], [1]]
+    assert sorted(index for chunk in chunks for index in chunk) == list(range(7))
+
+
+def test_padded_rows_are_cut_back_to_what_they_were():
+    rows = [np.array([1.5, 2.5], np.float32), np.array([3.5], np.float32)]
+    cut = cut_rows(pad_rows(rows), torch.tensor([2, 1]))
+    assert [row.tolist() for row in cut] == [[1.5, 2.5], [3.5]]

@@ -1,0 +1,169 @@
+"""Against a second implementation: a plain Hugging Face forward of each sequence alone, in float64."""
+
+import pytest
+import torch
+from tiny_models import EOS, build_policy, build_tokenizer, llama_config
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+
+from ocrm_ray.batches import pad_batch
+from ocrm_ray.networks import (
+    last_token_scores,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    response_logprobs,
+    response_logprobs_and_entropy,
+    response_values,
+    save_model,
+)
+from ocrm_ray.records import Sequence
+
+SEQUENCES = [
+    Sequence((5, 6, 7), (8, 9, 10, EOS), True),
+    Sequence((11,), (12, EOS), True),
+    Sequence((13, 14, 15, 16, 17), (18, 19, 20, 21, 22, 23), False),
+]
+
+
+def oracle_logits(model, sequence):
+    """Float64 logits [T, V] that predict the response, from the sequence alone."""
+    tokens = torch.tensor([sequence.prompt_ids + sequence.response_ids])
+    with torch.no_grad():
+        logits = model.double()(input_ids=tokens).logits[0]
+    model.float()
+    return logits[len(sequence.prompt_ids) - 1 : -1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_batched_logprobs_equal_a_float64_forward_of_each_sequence_alone(temperature):
+    model = build_policy()
+    logprobs = response_logprobs(model, pad_batch(SEQUENCES, pad_id=EOS), temperature).detach()
+    for row, sequence in zip(logprobs, SEQUENCES, strict=True):
+        logits = oracle_logits(model, sequence) / temperature
+        expected = logits.log_softmax(-1)[torch.arange(len(logits)), list(sequence.response_ids)]
+        torch.testing.assert_close(row[: len(expected)].double(), expected, atol=2e-5, rtol=1e-5)
+        assert (row[len(expected) :] == 0).all()
+
+
+def test_entropy_is_that_of_the_distribution_sampled_from():
+    model = build_policy()
+    _, entropy = response_logprobs_and_entropy(model, pad_batch(SEQUENCES, pad_id=EOS), 0.7)
+    for row, sequence in zip(entropy, SEQUENCES, strict=True):
+        logprobs = (oracle_logits(model, sequence) / 0.7).log_softmax(-1)
+        expected = -(logprobs.exp() * logprobs).sum(-1)
+        torch.testing.assert_close(row[: len(expected)].double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_logprobs_do_not_depend_on_the_batch_or_the_padding_id():
+    model = build_policy()
+    with torch.no_grad():
+        together = response_logprobs(model, pad_batch(SEQUENCES, pad_id=EOS), 1.0)
+        for row, sequence in zip(together, SEQUENCES, strict=True):
+            alone = response_logprobs(model, pad_batch([sequence], pad_id=7), 1.0)[0]
+            torch.testing.assert_close(row[: len(alone)], alone, atol=1e-5, rtol=0)
+
+
+def test_gradient_reaches_the_policy_through_real_tokens_only():
+    gradients = []
+    for pad_id in (EOS, 30):
+        model = build_policy()
+        response_logprobs(model, pad_batch(SEQUENCES, pad_id), 1.0).sum().backward()
+        gradients.append(model.model.embed_tokens.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert (gradients[1][30] == 0).all()
+
+
+@pytest.fixture
+def reward_folder(tmp_path):
+    torch.manual_seed(4)
+    network = LlamaForSequenceClassification(llama_config(num_labels=1, pad_token_id=EOS)).eval()
+    save_model(network, build_tokenizer(), tmp_path / "rm")
+    return tmp_path / "rm"
+
+
+def oracle_scores(model, sequence):
+    """Float64 scores [L] of every token of the sequence alone."""
+    network = model.network.double()
+    with torch.no_grad():
+        hidden = network.model(input_ids=torch.tensor([sequence.prompt_ids + sequence.response_ids]))[0]
+    scores = hidden[0] @ network.score.weight[0]
+    network.float()
+    return scores
+
+
+def test_score_is_read_at_the_last_token_even_where_padding_is_eos(reward_folder):
+    model = load_reward_model(reward_folder, dtype="float32", trust_remote_code=False)
+    scores = last_token_scores(model, pad_batch(SEQUENCES, pad_id=EOS)).detach()
+    expected = torch.stack([oracle_scores(model, sequence)[-1] for sequence in SEQUENCES])
+    torch.testing.assert_close(scores.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_value_of_a_token_is_that_of_the_state_before_it(reward_folder):
+    model = load_reward_model(reward_folder, dtype="float32", trust_remote_code=False)
+    values = response_values(model, pad_batch(SEQUENCES, pad_id=EOS)).detach()
+    for row, sequence in zip(values, SEQUENCES, strict=True):
+        expected = oracle_scores(model, sequence)[len(sequence.prompt_ids) - 1 : -1]
+        torch.testing.assert_close(row[: len(expected)].double(), expected, atol=2e-5, rtol=1e-5)
+        assert (row[len(expected) :] == 0).all()
+
+
+def test_scores_of_a_bfloat16_backbone_are_not_rounded_to_bfloat16(reward_folder):
+    model = load_reward_model(reward_folder, dtype="bfloat16", trust_remote_code=False)
+    scores = last_token_scores(model, pad_batch(SEQUENCES, pad_id=EOS)).detach()
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+
+
+def test_saved_reward_model_scores_alike_in_hugging_face(reward_folder, tmp_path):
+    model = load_reward_model(reward_folder, dtype="float32", trust_remote_code=False)
+    save_model(model, build_tokenizer(), tmp_path / "again")
+    plain = LlamaForSequenceClassification.from_pretrained(tmp_path / "again").eval()
+    tokens = torch.tensor([SEQUENCES[2].prompt_ids + SEQUENCES[2].response_ids])
+    with torch.no_grad():
+        expected = plain(input_ids=tokens).logits[0, 0]
+        score = last_token_scores(model, pad_batch([SEQUENCES[2]], pad_id=EOS))[0]
+    torch.testing.assert_close(score, expected)
+
+
+def test_new_head_on_a_causal_lm_depends_on_the_seed_alone(tmp_path):
+    lm = build_policy()
+    save_model(lm, build_tokenizer(), tmp_path / "lm")
+    first, again, other = (
+        load_reward_model(tmp_path / "lm", dtype="float32", trust_remote_code=False, head_seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.network.score.weight, again.network.score.weight)
+    assert not torch.equal(first.network.score.weight, other.network.score.weight)
+    assert torch.equal(first.network.model.layers[1].mlp.up_proj.weight, lm.model.layers[1].mlp.up_proj.weight)
+
+
+def test_causal_lm_without_a_seed_is_no_reward_model(tmp_path):
+    save_model(build_policy(), build_tokenizer(), tmp_path / "lm")
+    with pytest.raises(ValueError, match="no seed for a new head"):
+        load_reward_model(tmp_path / "lm", dtype="float32", trust_remote_code=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_policy_gives_the_same_logprobs_whether_tied_or_not(tmp_path, tied):
+    model = build_policy(tie_word_embeddings=tied)
+    save_model(model, build_tokenizer(), tmp_path / "policy")
+    batch = pad_batch(SEQUENCES, pad_id=EOS)
+    with torch.no_grad():
+        expected = response_logprobs(model, batch, 1.0)
+        loaded = load_causal_lm(tmp_path / "policy", dtype="float32", trust_remote_code=False)
+        torch.testing.assert_close(response_logprobs(loaded, batch, 1.0), expected)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
+
+
+def test_saving_again_replaces_the_folder_and_leaves_nothing_beside_it(tmp_path):
+    save_model(build_policy(), build_tokenizer(), tmp_path / "policy")
+    (tmp_path / "policy" / "left-over").write_text("")
+    save_model(build_policy(), build_tokenizer(), tmp_path / "policy")
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    assert not (tmp_path / "policy" / "left-over").exists()
+
+
+def test_tokenizer_without_padding_pads_with_eos(tmp_path):
+    build_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path, trust_remote_code=False).pad_token_id == EOS

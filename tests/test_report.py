@@ -1,0 +1,257 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from synthetic_runs import Clock, Shape, read_lines, write_run
+
+from ocrm_ray.errors import UserError
+from ocrm_ray.metrics import RunLog
+from ocrm_ray.plot_style import spread
+from ocrm_ray.plots import draw_all
+from ocrm_ray.report import figure_text, render_report, write_report
+from ocrm_ray.run_files import correction_windows, read_jsonl, read_run, tokens_per_s
+
+PICTURES = {"rewards", "reward_model", "corrections", "idle", "step_time"}
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = write_run(tmp_path_factory.mktemp("runs") / "full", Shape())
+    write_report(run_dir)
+    return run_dir
+
+
+def page_of(run_dir: Path) -> str:
+    """The page without its pictures, which take most of the time."""
+    return render_report(read_run(run_dir), set())
+
+
+def line_of(run_dir: Path, picture: str, axes: int, line: int) -> tuple[list[float], list[float]]:
+    """(x, y) of a drawn line."""
+    drawn = draw_all(read_run(run_dir))[picture].axes[axes].get_lines()[line]
+    return list(drawn.get_xdata()), list(drawn.get_ydata())
+
+
+def events(run_dir: Path, *rows: dict[str, object]) -> None:
+    (run_dir / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def steps(run_dir: Path, *rows: dict[str, object]) -> None:
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_page_shows_the_numbers_of_the_files(full_run: Path) -> None:
+    page = (full_run / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((full_run / "summary.json").read_text())
+    for key in ("gold_mean", "gold_se", "gold_win_rate", "gold_peak", "gold_drop_from_peak", "proxy_mean", "kl_sft"):
+        assert f"{summary[key]:.3f}" in page, key
+    assert "Finished: 140 policy updates." in page
+    promoted = [row for row in read_lines(full_run / "events.jsonl") if row["event"] == "promoted"]
+    assert f"{len(promoted)} of {len(promoted) + 1}" in page
+    for row in promoted:
+        assert f'<td class="number">{row["ess_fraction"]:.4f}</td>' in page
+    assert "algorithm: rloo" in page
+
+
+def test_every_picture_of_the_page_is_there_and_shows_something(full_run: Path) -> None:
+    page = (full_run / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r'<img src="([^"]+)"', page)
+    assert {Path(source).stem for source in sources} == PICTURES
+    for source in sources:
+        pixels = imread(full_run / source)[..., :3]
+        assert pixels.std() > 0.05, source
+        assert len(np.unique(pixels @ np.array([1.0, 1e3, 1e6]))) > 50, source  # many distinct colours
+
+
+def test_the_reward_curves_are_the_evaluations_of_the_file(full_run: Path) -> None:
+    rows = [row for row in read_lines(full_run / "metrics.jsonl") if row["proxy_mean"] is not None]
+    assert len(rows) == 15
+    at = [row["step"] for row in rows]
+    assert line_of(full_run, "rewards", 0, 0) == (at, [row["gold_mean"] for row in rows])
+    assert line_of(full_run, "rewards", 2, 0) == (at, [row["proxy_mean"] for row in rows])
+    root_kl, gold = line_of(full_run, "rewards", 1, 0)
+    np.testing.assert_allclose(np.square(root_kl), [row["eval_kl_sft"] for row in rows], atol=1e-12)
+    assert gold == [row["gold_mean"] for row in rows]
+
+
+def test_accuracy_ess_idle_and_stage_lines_are_those_of_the_files(full_run: Path) -> None:
+    rows = read_lines(full_run / "metrics.jsonl")
+    evaluated = [row for row in rows if row["proxy_mean"] is not None]
+    updates = [row for row in rows if row["step_s"] is not None]
+    accuracy = line_of(full_run, "reward_model", 0, 0)[1]
+    np.testing.assert_allclose(accuracy, [100 * row["rm_accuracy"] for row in evaluated])
+    promoted = [row for row in read_lines(full_run / "events.jsonl") if row["event"] == "promoted"]
+    at, ess = line_of(full_run, "reward_model", 1, 0)
+    assert at == [row["snapshot_version"] for row in promoted]
+    np.testing.assert_allclose(ess, [100 * row["ess_fraction"] for row in promoted])
+    np.testing.assert_allclose(
+        line_of(full_run, "idle", 3, 0)[1], [100 * row["idle_share"]["reward"] for row in updates]
+    )
+    assert line_of(full_run, "step_time", 0, 4)[1] == [row["stage_s"]["train"] for row in updates]
+
+
+def test_a_correction_window_holds_the_updates_and_tokens_that_finished_inside_it(tmp_path: Path) -> None:
+    steps(tmp_path, *({"step": s, "time_s": 2.0 * s, "step_s": 2.0, "rollout_tokens": 100 * s} for s in range(1, 8)))
+    promoted = {"reward_version": 1, "snapshot_version": 2, "policy_version": 5, "ess_fraction": 0.25, "lag_steps": 3}
+    events(
+        tmp_path,
+        {"time_s": 4.0, "event": "correction_started", "snapshot_version": 2},
+        {"time_s": 6.5, "event": "ratios_scored"},
+        {"time_s": 9.0, "event": "refit_finished"},
+        {"time_s": 10.0, "event": "promoted", "refit_s": 2.5, **promoted},
+        {"time_s": 12.5, "event": "correction_started", "snapshot_version": 6},
+        {"time_s": 13.0, "event": "correction_failed"},
+        {"time_s": 13.5, "event": "correction_started", "snapshot_version": 6},
+    )
+    run = read_run(tmp_path)
+    first, failed, open_one = correction_windows(run)
+    assert (first.started_s, first.scored_s, first.refitted_s, first.ended_s) == (4.0, 6.5, 9.0, 10.0)
+    assert (first.outcome, first.lag_steps, first.ess_fraction, first.refit_s) == ("promoted", 3, 0.25, 2.5)
+    assert (first.num_updates, first.rollout_tokens) == (3, 300 + 400 + 500)  # at 6, 8 and 10 s, not at 4 s
+    assert (failed.outcome, failed.started_s, failed.ended_s) == ("failed", 12.5, 13.0)
+    assert (open_one.outcome, open_one.ended_s, open_one.num_updates) == ("in flight", 14.0, 1)
+    during, otherwise = tokens_per_s(run, [first, failed, open_one])
+    assert during == pytest.approx((300 + 400 + 500 + 700) / 8)
+    assert otherwise == pytest.approx((100 + 200 + 600) / 6)
+
+
+def test_the_timeline_draws_each_phase_where_it_happened(tmp_path: Path) -> None:
+    steps(tmp_path, *({"step": s, "time_s": 2.0 * s, "step_s": 2.0, "rollout_tokens": 100} for s in range(1, 8)))
+    events(
+        tmp_path,
+        {"time_s": 4.0, "event": "correction_started"},
+        {"time_s": 6.5, "event": "ratios_scored"},
+        {"time_s": 9.0, "event": "refit_finished"},
+        {"time_s": 10.0, "event": "promoted"},
+        {"time_s": 12.0, "event": "weights_published", "bytes": 8, "pause_s": 0.1},
+    )
+    throughput, timeline = draw_all(read_run(tmp_path))["corrections"].axes
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in timeline.patches if bar.get_width() > 0]
+    assert bars == [(4.0, 6.5), (6.5, 9.0), (9.0, 10.0)]
+    assert list(throughput.get_lines()[0].get_ydata()) == [50.0] * 7
+    assert list(throughput.get_lines()[2].get_xdata()) == [12.0]
+
+
+def test_a_run_without_gold_says_so_and_shows_the_proxy_alone(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", Shape(num_updates=20, gold=False))
+    page = page_of(run_dir)
+    assert "No gold reward was measured" in page
+    assert "Gold peak" not in page
+    assert len(draw_all(read_run(run_dir))["rewards"].axes) == 2
+
+
+def test_a_run_without_corrections_says_so(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", Shape(num_updates=20, correct=False)))
+    assert "No correction was started" in page
+    assert "While a correction was in flight" not in page
+    assert "No gold reward" not in page
+
+
+def test_one_line_of_metrics_is_enough(tmp_path: Path) -> None:
+    steps(tmp_path, {"step": 1, "time_s": 3.0, "step_s": 3.0, "rollout_tokens": 30})
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "1 policy updates." in page
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"corrections", "step_time"}
+
+
+def test_an_unfinished_run_is_reported_up_to_where_it_is(tmp_path: Path) -> None:
+    shape = Shape(num_updates=25, planned_updates=140, summary=False)
+    run_dir = write_run(tmp_path / "run", shape)
+    with (run_dir / "metrics.jsonl").open("a") as torn:
+        torn.write('{"step": 26, "time')
+    page = page_of(run_dir)
+    assert "Unfinished: 25 of 140 policy updates." in page
+    assert not (run_dir / "summary.json").exists()
+    gold = [row["gold_mean"] for row in read_jsonl(run_dir / "metrics.jsonl") if row["gold_mean"] is not None]
+    assert f"{sum(gold) / 3:.3f}" in page  # three evaluations: the peak is their mean
+
+
+def test_a_summary_of_an_earlier_end_is_not_shown_for_a_run_that_went_on(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", Shape(num_updates=20))
+    stale = json.loads((run_dir / "summary.json").read_text()) | {"steps": 10, "proxy_mean": 987.654}
+    (run_dir / "summary.json").write_text(json.dumps(stale))
+    assert "987.654" not in page_of(run_dir)
+
+
+def test_a_run_with_a_configuration_only_says_that_nothing_is_there_yet(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: early\n")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "No policy update yet." in page
+    assert "<img" not in page
+
+
+def test_a_folder_that_is_no_run_is_the_users_mistake(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match="need a run folder") as caught:
+            write_report(folder)
+        assert str(folder) in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_line_amid_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time_s": 1}\nnot json\n{"step": 2, "time_s": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
+        write_report(tmp_path)
+
+
+def test_hostile_samples_are_shown_as_text_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", Shape(num_updates=10))
+    hostile = '<script>alert("x")</script><img src=http://evil.example/a.png onerror=alert(1)>'
+    row = {"step": 10, "prompt": hostile, "response": hostile, "proxy": 1.0, "gold": None, "length": 3}
+    with (run_dir / "samples.jsonl").open("a") as samples:
+        samples.write(json.dumps(row) + "\n")
+    page = page_of(run_dir)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 2
+    tags = re.findall(r"<[^>]*>", page) + re.findall(r"<style>.*?</style>", page, flags=re.DOTALL)
+    assert not [tag for tag in tags if "//" in tag or "@import" in tag or "url(" in tag]
+
+
+def test_samples_of_the_first_and_the_last_evaluation_stand_side_by_side(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", Shape(num_updates=30)))
+    rows = re.findall(r"<tr><td>river stone market 1</td>(.*?)</tr>", page, flags=re.DOTALL)
+    assert len(rows) == 1
+    assert re.search(r"said 0 times.*said 30 times", rows[0], flags=re.DOTALL)
+    assert "said 10 times" not in page
+
+
+def test_deaths_and_resumes_are_listed(tmp_path: Path) -> None:
+    with RunLog(tmp_path, Clock()) as log:
+        log.event("actor_died", actor="scoring-0", cause="killed <9>")
+        log.event("checkpoint_saved", step=1)
+    page = page_of(tmp_path)
+    assert "actor_died" in page
+    assert "actor scoring-0, cause killed &lt;9&gt;" in page
+    assert "checkpoint_saved" not in page
+
+
+def test_writing_the_report_again_gives_the_same_bytes(full_run: Path) -> None:
+    before = {path: path.read_bytes() for path in [full_run / "report.html", *(full_run / "plots").iterdir()]}
+    write_report(full_run)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("wanted", "places"),
+    [
+        ([0.2, 0.8], [0.2, 0.8]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.48, 0.5, 0.52], [0.4, 0.5, 0.6]),
+        ([0.0, 0.0, 0.9], [0.0, 0.1, 0.9]),
+        ([1.0, 1.0], [0.9, 1.0]),
+    ],
+)
+def test_labels_that_would_overlap_are_moved_apart_and_stay_inside(wanted: list[float], places: list[float]) -> None:
+    assert spread(wanted, 0.1) == pytest.approx(places)
+
+
+def test_figures_read_well() -> None:
+    assert [figure_text(None), figure_text(float("nan")), figure_text(12400), figure_text(-1.23456)] == [
+        "n/a",
+        "n/a",
+        "12,400",
+        "-1.235",
+    ]
