@@ -1,10 +1,11 @@
 """The generation actor: one vLLM engine that samples, scores, and takes new weights while requests are running."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -107,13 +108,14 @@ class GenerationActor:
         """Replace the weights in flight: running requests stand still, then go on under the new version.
 
         Their KV cache and all cached prefixes are dropped, since both were computed with the old weights. If the
-        engine cannot take the weights, the error is raised and generation stays paused: half of them may be new.
+        engine cannot take the weights, raises RunError and generation stays paused: half of them may be new.
         """
         started = time.monotonic()
-        await self._engine.pause_generation(mode="keep", clear_cache=True)
-        await self._engine.collective_rpc("receive_weights", args=(str(weights.path),))
-        await self._engine.update_weight_version(str(weights.version))
-        await self._engine.resume_generation()
+        with _death_named():
+            await self._engine.pause_generation(mode="keep", clear_cache=True)
+            await self._receive(weights)
+            await self._engine.update_weight_version(str(weights.version))
+            await self._engine.resume_generation()
         seconds = time.monotonic() - started
         return PublishReport(version=weights.version, num_bytes=weights.num_bytes, seconds=seconds, pause_s=seconds)
 
@@ -132,12 +134,8 @@ class GenerationActor:
 
     async def check_health(self) -> None:
         """Raise ActorDiedError if the engine's processes are gone."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
+        with _death_named():
             await self._engine.check_health()
-        except EngineDeadError as error:
-            raise ActorDiedError("the vLLM engine died: its log is in this actor's standard error") from error
 
     async def shutdown(self) -> None:
         """Drop what is running and end the engine's processes."""
@@ -171,6 +169,19 @@ class GenerationActor:
             worker_extension_cls=self._worker_extension,
             disable_log_stats=True,
         )
+
+    async def _receive(self, weights: PolicyWeights) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._engine.collective_rpc("receive_weights", args=(str(weights.path),))
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            # vLLM reports what failed in a worker as a plain Exception
+            raise RunError(
+                f"the engine could not take version {weights.version} from {weights.path}: {error}"
+            ) from error
 
     async def _answer(self, request: GenerationRequest) -> None:
         """Run one submitted request; its result or its error goes to ``collect``."""
@@ -221,16 +232,13 @@ class GenerationActor:
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         assert tokens, f"request {request_id} has an empty prompt"
         sampling = SamplingParams(**params, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         final = None
-        try:
+        with _death_named():
             async for output in self._engine.generate(tokens_input(list(tokens)), sampling, request_id):
                 final = output
-        except EngineDeadError as error:
-            raise ActorDiedError("the vLLM engine died: its log is in this actor's standard error") from error
         return final
 
     def _score_id(self) -> str:
@@ -258,6 +266,17 @@ def _sample_of(request: GenerationRequest, completion: Any) -> Sample:
         first_version=int(spans[0].version),
         last_version=int(spans[-1].version),
     )
+
+
+@contextlib.contextmanager
+def _death_named() -> Iterator[None]:
+    """Turn vLLM's report that its processes are gone into ours, which survives pickling."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise ActorDiedError("the vLLM engine died: its log is in this actor's standard error") from error
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:

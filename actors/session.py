@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,16 +36,21 @@ class Session:
 def ray_session(run: str, *, log_to_driver: bool = False) -> Iterator[Session]:
     """Start Ray, or connect to RAY_ADDRESS; on leaving, whatever the reason, shut down and remove shared memory.
 
-    ``log_to_driver`` shows what actors print. Raises UserError if no cluster answers at RAY_ADDRESS.
+    ``log_to_driver`` shows what actors print. SIGTERM becomes KeyboardInterrupt, as Ctrl-C is. Raises UserError if
+    no cluster answers at RAY_ADDRESS. For the main thread.
     """
     address = os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     options = _cluster_options(address) if address else _local_options()
     with shared_folder(run) as folder:
         try:
             info = _initialise(namespace=f"ocrm-{run}", log_to_driver=log_to_driver, **options)
+            # Ray's own handler, set by init, exits from inside the event loop and then aborts now and again
+            signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
             yield Session(address=info["address"], logs=Path(info["session_dir"]) / "logs", shared_memory=folder)
         finally:
             ray.shutdown()
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _initialise(**options: Any) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class EngineSettings:
     weight_decay: float = 0.0
     beta2: float = 0.999
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether DeepSpeed leaves gradients in the module, and so clipping (whose norm it would keep) to us."""
+        return self.zero_stage == 0 and self.dtype == "float32"
+
 
 def start_process(num_threads: int, seed: int) -> None:
     """Once at an actor's start: arithmetic threads, the seed of whatever draws from torch's global generator."""
@@ -102,16 +107,12 @@ class TrainingEngine:
         """Clip, update at ``factor`` times the learning rate, clear; returns the gradient norm before clipping."""
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = factor * self._settings.learning_rate
-        norm = self._engine_norm_before_step()
+        if self._settings.is_plain:
+            norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._settings.max_grad_norm)
+            self._engine.step()
+            return float(norm)
         self._engine.step()
-        return norm if norm is not None else float(self._engine.get_global_grad_norm())
-
-    def _engine_norm_before_step(self) -> float | None:
-        """Without ZeRO and in float32 DeepSpeed clips but does not tell the norm."""
-        if self._engine.optimizer is not self._engine.basic_optimizer:
-            return None
-        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return float(self._engine.get_global_grad_norm())
 
     def reset_optimizer(self) -> None:
         """Forget the optimiser's moments, as if the engine had just been made of the present weights."""
@@ -179,7 +180,7 @@ def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.max_grad_norm,
+        "gradient_clipping": 0.0 if settings.is_plain else settings.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": settings.zero_stage},
         "steps_per_print": NEVER,

@@ -4,10 +4,12 @@ import logging
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+SHARED_MEMORY = Path("/dev/shm")
 OWNER_POLL_S = 1.0
 """How often a worker looks whether its owner still lives."""
 
@@ -60,7 +62,16 @@ def _end_without_owner(engine: psutil.Process, owner_pid: int) -> None:
     try:
         while engine.ppid() == owner_pid:
             time.sleep(OWNER_POLL_S)
+        segments = _queue_segments(engine) | _queue_segments(psutil.Process())
         engine.kill()
+        for path in segments:
+            path.unlink(missing_ok=True)
     except psutil.NoSuchProcess:
         pass
     os._exit(1)
+
+
+def _queue_segments(process: psutil.Process) -> set[Path]:
+    """The shared memory of vLLM's queues and locks, named by Python; killed processes leave it behind."""
+    mapped = {Path(region.path) for region in process.memory_maps()}
+    return {path for path in mapped if path.parent == SHARED_MEMORY and path.name.startswith(("psm_", "sem."))}

@@ -103,7 +103,7 @@ def _ratios(config: RunConfig) -> Iterator[Problem]:
     if config.correction.strategy != "ocrm":
         return
     pairs = config.pairs
-    if pairs.behaviour == "unknown" and not pairs.allow_unknown_behaviour:
+    if pairs.ready is not None and pairs.behaviour == "unknown" and not pairs.allow_unknown_behaviour:
         do = "name it, set pairs.allow_unknown_behaviour: true, or use strategy refit"
         yield Problem("pairs.behaviour", "unknown with strategy ocrm", "the model that wrote the pairs", do)
     for section, sampling in (("pairs", pairs), ("rollout", config.rollout)):

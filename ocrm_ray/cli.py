@@ -95,7 +95,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from ocrm_ray.inspection import occupied
 
     config = load_run_config(arguments.config, arguments.overrides)
-    _refuse([*_problems(config), *([] if arguments.resume else occupied(config))])
+    problems = _problems(config)
+    if not arguments.resume and all(problem.path != "name" for problem in problems):
+        problems += occupied(config)
+    _refuse(problems)
 
     def launch() -> None:
         from actors.launcher import run

@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ValidationError
@@ -25,6 +26,7 @@ MAX_SHOWN = 60
 def shown(value: object) -> str:
     """A value as it is quoted in a message: JSON, cut after a few words."""
     text = json.dumps(value, ensure_ascii=False, default=str)
+    text = text if text.isprintable() else json.dumps(value, default=str)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
@@ -39,20 +41,19 @@ def dotted(parts: Sequence[object]) -> str:
     return ".".join(text if (text := str(part)).isprintable() and text else json.dumps(text) for part in parts)
 
 
-def plain_tree(tree: object) -> tuple[Any, list[Problem]]:
+def plain_tree(tree: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """The tree without what no configuration may hold, and one problem for each thing left out.
 
     That is: keys that are not text, infinities, enormous integers, endless nesting, values of other kinds.
     """
     problems: list[Problem] = []
     remaining = [MAX_VALUES]
+    endless: dict[object, None] = {}
 
     def plain(value: object, parts: tuple[object, ...]) -> Any:
         remaining[0] -= 1
-        if len(parts) > MAX_DEPTH or remaining[0] == 0:
-            path = dotted(parts[:1])
-            problems.append(Problem(path, "endless nesting", "an ordinary tree of keys", "remove the repetition"))
-        if len(parts) > MAX_DEPTH or remaining[0] <= 0:
+        if len(parts) > MAX_DEPTH or remaining[0] < 0:
+            endless[parts[0]] = None
             return None
         if isinstance(value, Mapping):
             wrong = [key for key in value if not (isinstance(key, str) and _encodable(key))]
@@ -65,7 +66,12 @@ def plain_tree(tree: object) -> tuple[Any, list[Problem]]:
             return None
         return value
 
-    return plain(tree, ()), list(dict.fromkeys(problems))
+    result = {key: value for key, value in plain(tree, ()).items() if key not in endless}
+    problems += [
+        Problem(dotted([key]), "endless nesting", "an ordinary tree of keys", "remove the repetition")
+        for key in endless
+    ]
+    return result, problems
 
 
 def _key_problem(parts: Sequence[object], key: object) -> Problem:
@@ -92,9 +98,14 @@ def _encodable(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+@cache
+def _schema_of(model: type[BaseModel]) -> Schema:
+    return model.model_json_schema()
+
+
 def validation_problems(error: ValidationError, model: type[BaseModel], tree: object) -> list[Problem]:
     """One problem a mistake; branches of a union that the user did not mean are left out."""
-    schema = model.model_json_schema()
+    schema = _schema_of(model)
     found: dict[tuple[object, ...], Problem] = {}
     mappings: set[tuple[object, ...]] = set()
     for entry in error.errors(include_url=False):
@@ -137,7 +148,6 @@ def _unknown_key(schema: Schema, parts: tuple[object, ...], location: Sequence[o
     if not near:
         leaves = {known.rsplit(".", 1)[-1]: known for known in reversed(paths)}
         near = [leaves[leaf] for leaf in difflib.get_close_matches(key, list(leaves), 1, 0.8)]
-        near = near or difflib.get_close_matches(path, paths, 1, 0.8)
     if near:
         return Problem(path, "an unknown key", near[0], "correct the key")
     return Problem(path, "an unknown key", either(siblings), "remove it or choose one of these")

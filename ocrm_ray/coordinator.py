@@ -28,7 +28,6 @@ from ocrm_ray.rollout_buffer import RolloutBuffer
 from ocrm_ray.rollout_pump import RolloutPump
 from ocrm_ray.rollout_scoring import RolloutScorer
 from ocrm_ray.step_metrics import Increments, StepClock, step_record
-from ocrm_ray.strategies import make_strategy
 from ocrm_ray.weight_publisher import WeightPublisher
 
 
@@ -58,16 +57,15 @@ class Coordinator:
         self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, reward_version=0, anchor_version=0)
         self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts)
         self.corrector = Corrector(
-            self.settings,
-            make_strategy(self.settings),
+            config,
             CorrectionPools(self.pools.scoring, self.pools.reward, self.pools.policy),
             self.scorer,
+            self.buffer,
             data.pairs,
-            config.seed,
+            log.event,
         )
         self.publisher = WeightPublisher(self.pools.generation, self.pools.policy, config.probe, log.event)
-        self.heldout = HeldoutPolicy(config, self.pools, data.heldout, log)
-        self.corrector.emit, self.corrector.queue = log.event, self.buffer.ready
+        self.heldout = HeldoutPolicy(config, self.pools, data.heldout, log, self.publisher.release)
         self.correction: asyncio.Task[Candidate] | None = None
         self.step_clock = StepClock(clock, self.pools.meters)
         self.increments = Increments()
@@ -157,7 +155,7 @@ class Coordinator:
         """Sample and measure pi_step on held-out prompts, if that is due; its line in the metrics waits for it."""
         if self.heldout.is_due(step):
             self.log.hold(step)
-            self.heldout.begin(tasks, step)
+            self.heldout.begin(tasks, step, self.publisher.hold() if step > 0 else None)
 
     def _record(self, batch: list[Rollout], update: UpdateReport) -> None:
         counts = self.increments.of(

@@ -2,17 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from ocrm_ray.algorithm.importance import weight_statistics
-from ocrm_ray.config import Correction
+from ocrm_ray.config import RunConfig
 from ocrm_ray.pools import PolicyPool, RewardPool, ScoringPool
-from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, RefitRequest, Rollout
+from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, RefitRequest
+from ocrm_ray.rollout_buffer import RolloutBuffer
 from ocrm_ray.rollout_scoring import RolloutScorer, ScoreVersions
-from ocrm_ray.strategies import Strategy
+from ocrm_ray.strategies import make_strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Candidate:
 
     promotion_id: str
     snapshot_version: int
+    num_finished_before: int
     versions: ScoreVersions
     refit_s: float
     ess_fraction: float | None
@@ -49,32 +51,34 @@ class Corrector:
 
     def __init__(
         self,
-        settings: Correction,
-        strategy: Strategy,
+        config: RunConfig,
         pools: CorrectionPools,
         scorer: RolloutScorer,
+        buffer: RolloutBuffer,
         pairs: PairData,
-        seed: int,
+        emit: Callable[..., None],
     ) -> None:
-        self.settings = settings
-        self.strategy = strategy
-        self.emit: Callable[..., None] = lambda event, **fields: None
-        self.queue: Callable[[], Mapping[str, Rollout]] = dict
+        """``emit(event, **fields)`` receives what becomes of each correction."""
+        self.settings = config.correction
+        self.strategy = make_strategy(config.correction)
+        self._seed = config.seed
         self._pools = pools
         self._scorer = scorer
+        self._buffer = buffer
         self._pairs = pairs
-        self._seed = seed
+        self._emit = emit
 
     async def prepare(self, snapshot: PolicyWeights) -> Candidate:
         """Refit for the policy ``snapshot`` and stage the result in every pool; nothing live changes."""
-        started = time.monotonic()
+        started, num_finished = time.monotonic(), self._buffer.num_finished
         promotion_id = f"snapshot-{snapshot.version}"
-        self.emit("correction_started", snapshot_version=snapshot.version, strategy=self.settings.strategy)
+        self._emit("correction_started", snapshot_version=snapshot.version, strategy=self.settings.strategy)
         indices = self._draw_pairs(snapshot.version)
         weights, ess_fraction = await self._weights(snapshot, indices)
         refit = await self._refit(promotion_id, indices, weights, snapshot.version)
         versions = await self._stage(promotion_id, snapshot, refit)
-        return Candidate(promotion_id, snapshot.version, versions, time.monotonic() - started, ess_fraction)
+        seconds = time.monotonic() - started
+        return Candidate(promotion_id, snapshot.version, num_finished, versions, seconds, ess_fraction)
 
     async def commit(self, candidate: Candidate, step: int, lag_steps: int) -> None:
         """Switch reward model, calibration, anchor and critic together. Call between two policy updates."""
@@ -85,7 +89,7 @@ class Corrector:
             self._pools.policy.commit(promotion_id, versions.reward_version, versions.anchor_version),
         )
         self._scorer.commit()
-        self.emit(
+        self._emit(
             "promoted",
             promotion_id=promotion_id,
             reward_version=versions.reward_version,
@@ -95,6 +99,7 @@ class Corrector:
             ess_fraction=candidate.ess_fraction,
             refit_s=candidate.refit_s,
             lag_steps=lag_steps,
+            num_rollouts_finished=self._buffer.num_finished - candidate.num_finished_before,
         )
 
     def _draw_pairs(self, snapshot_version: int) -> IntArray:
@@ -111,7 +116,7 @@ class Corrector:
         policy_logprobs = await self._pools.scoring.pair_logprobs(snapshot, indices)
         weights = self.strategy.weights(policy_logprobs, self._pairs.behaviour_logprobs[indices])
         statistics = weight_statistics(weights)
-        self.emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **asdict(statistics))
+        self._emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **asdict(statistics))
         return weights.weights.float().numpy(), statistics.ess_fraction
 
     async def _refit(
@@ -127,7 +132,7 @@ class Corrector:
             seed=self._seed,
         )
         refit = await self._pools.reward.refit(request)
-        self.emit(
+        self._emit(
             "refit_finished",
             snapshot_version=snapshot_version,
             reward_version=refit.reward_version,
@@ -150,6 +155,6 @@ class Corrector:
             await self._pools.scoring.stage_anchor(promotion_id, snapshot)
         if refit is not None:
             calibration = await self._pools.reward.stage(promotion_id, refit)
-            self.emit("calibrated", reward_version=refit.reward_version, mean=calibration.mean, std=calibration.std)
-        await self._scorer.stage(versions, self.queue())
+            self._emit("calibrated", reward_version=refit.reward_version, mean=calibration.mean, std=calibration.std)
+        await self._scorer.stage(versions, self._buffer.ready())
         return versions

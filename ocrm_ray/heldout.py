@@ -1,12 +1,14 @@
 """The policy on held-out prompts: sampled at one exact version, measured beside the next updates."""
 
 import asyncio
+import math
+from collections.abc import Awaitable, Callable
 from itertools import accumulate, pairwise
 
 from ocrm_ray.config import RunConfig
 from ocrm_ray.metered import MeteredPools
 from ocrm_ray.metrics import RunLog, SampleRecord
-from ocrm_ray.records import GenerationRequest, Prompt, Sample
+from ocrm_ray.records import EvaluationReport, GenerationRequest, PolicyWeights, Prompt, Sample
 
 
 class HeldoutPolicy:
@@ -18,12 +20,16 @@ class HeldoutPolicy:
         pools: MeteredPools,
         prompts: tuple[Prompt, ...],
         log: RunLog,
+        release: Callable[[int], Awaitable[None]],
     ) -> None:
+        """``release(version)`` gives back the weights that ``begin`` was handed."""
         self.settings = config.evaluation
         self._config = config
         self._pools = pools
         self._prompts = prompts[: self.settings.num_prompts]
         self._log = log
+        self._release = release
+        self._best_gold = -math.inf
         self._sampling: asyncio.Task[list[tuple[Sample, ...]]] | None = None
         self._measuring: asyncio.Task[None] | None = None
 
@@ -31,10 +37,10 @@ class HeldoutPolicy:
         """Before the first update, every so many, and after the last."""
         return step % self.settings.every == 0 or step == self._config.policy.num_updates
 
-    def begin(self, tasks: asyncio.TaskGroup, step: int) -> None:
-        """Start an evaluation of the version just published."""
+    def begin(self, tasks: asyncio.TaskGroup, step: int, weights: PolicyWeights | None) -> None:
+        """Start an evaluation of the version just published, whose ``weights`` are held; None for the SFT model."""
         self._sampling = tasks.create_task(self._sample())
-        self._measuring = tasks.create_task(self._measure(step, self._sampling, self._measuring))
+        self._measuring = tasks.create_task(self._measure(step, weights, self._measuring))
 
     async def sampled(self) -> None:
         """Wait until the present version is not needed any more."""
@@ -64,10 +70,9 @@ class HeldoutPolicy:
         ]
         return list(await asyncio.gather(*(self._pools.generation.generate(request) for request in requests)))
 
-    async def _measure(
-        self, step: int, sampling: "asyncio.Task[list[tuple[Sample, ...]]]", previous: "asyncio.Task[None] | None"
-    ) -> None:
-        samples = await sampling
+    async def _measure(self, step: int, weights: PolicyWeights | None, previous: "asyncio.Task[None] | None") -> None:
+        assert self._sampling is not None
+        samples = await self._sampling
         sequences = [sample.sequence for prompt_samples in samples for sample in prompt_samples]
         (_, sft), proxy = await asyncio.gather(
             self._pools.scoring.score(sequences), self._pools.reward.score(sequences)
@@ -81,3 +86,11 @@ class HeldoutPolicy:
         )
         self._log.evaluation(report)
         self._log.samples(SampleRecord(**row) for row in rows)
+        if weights is not None:
+            await self._keep_best(report, weights)
+
+    async def _keep_best(self, report: EvaluationReport, weights: PolicyWeights) -> None:
+        if report.gold_mean is not None and report.gold_mean > self._best_gold:
+            self._best_gold = report.gold_mean
+            await self._pools.policy.save("policy-best", weights)
+        await self._release(weights.version)

@@ -146,7 +146,7 @@ def _count_problems(config: RunConfig, prompts: DataFile) -> list[Problem]:
 
 
 def _gold_problems(config: RunConfig) -> Iterator[Problem]:
-    if not isinstance(config.gold, FunctionGold):
+    if not isinstance(config.gold, FunctionGold) or ":" not in config.gold.path:
         return
     module = config.gold.path.partition(":")[0]
     places = [str(Path.cwd()), *sys.path]
@@ -180,9 +180,11 @@ def _folder_problems(config: RunConfig) -> Iterator[Problem]:
         got = f"{shown(config.name)}, whose {before} cannot be read"
         yield Problem("name", got, "a run folder of this version, or a new one", "choose another name")
         return
-    for key, value, now in differences:
-        got = f"{shown(now)} for the run in {config.run_dir}"
-        yield Problem(key, got, f"{shown(value)}, with which its stages were made", "change it back, or the name")
+    if differences:
+        shown_differences = [f"{key} {shown(value)} (now {shown(now)})" for key, value, now in differences[:3]]
+        more = f" and {len(differences) - 3} other settings" if len(differences) > 3 else ""
+        got = f"{shown(config.name)}, whose folder {config.run_dir} was made with {', '.join(shown_differences)}{more}"
+        yield Problem("name", got, "a run folder of its own", "choose another name, or change that back")
 
 
 def _sizes(config: RunConfig, models: dict[str, ModelFacts]) -> NetworkSizes | None:

@@ -86,8 +86,12 @@ def machine_problems(config: RunConfig, sizes: NetworkSizes | None) -> list[Prob
 
 
 def _total(parts: Mapping[str, float], unit: str) -> str:
-    total = round(sum(parts.values()), 2)
-    return f"{total:g} {unit} ({', '.join(f'{name} {round(amount, 2):g}' for name, amount in parts.items())})"
+    shares = ", ".join(f"{name} {_short(amount)}" for name, amount in parts.items())
+    return f"{_short(sum(parts.values()))} {unit} ({shares})"
+
+
+def _short(amount: float) -> str:
+    return f"{amount:.2f}".rstrip("0").rstrip(".")
 
 
 def memory_gib(config: RunConfig, sizes: NetworkSizes) -> dict[str, float]:

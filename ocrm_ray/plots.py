@@ -45,7 +45,7 @@ def draw_all(run: Run) -> dict[str, "Figure"]:
     pictures: dict[str, Figure] = {}
     if run.evaluations:
         pictures["rewards"] = draw_rewards(run, windows)
-    if any(row.get("rm_accuracy") is not None for row in run.metrics) or _weighted(windows):
+    if _has_accuracy(run) or _weighted(windows):
         pictures["reward_model"] = draw_reward_model(run, windows)
     if updates:
         pictures["corrections"] = draw_corrections(run, windows)
@@ -84,40 +84,20 @@ def draw_rewards(run: Run, windows: Sequence[CorrectionWindow]) -> "Figure":
 
 
 def draw_reward_model(run: Run, windows: Sequence[CorrectionWindow]) -> "Figure":
-    """Accuracy on on-policy pairs, and the effective sample size of each correction's weights."""
+    """Accuracy on on-policy pairs, and the effective sample size of each correction's weights: what was measured."""
+    draws = [_draw_accuracy] if _has_accuracy(run) else []
+    draws += [_draw_ess] if _weighted(windows) else []
     figure = new_figure(9.5, 2.9)
-    accuracy_axes, ess_axes = figure.subplots(1, 2)
-    rows = run.evaluations
-    accuracy_axes.plot(
-        column(rows, "step"), 100 * column(rows, "rm_accuracy"), color=GREEN, linewidth=1.8, marker="o", markersize=3.5
-    )
-    accuracy_axes.axhline(50, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    accuracy_axes.annotate(
-        "chance", (1, 50), xycoords=accuracy_axes.get_yaxis_transform(), ha="right", va="bottom", color=MUTED,
-        fontsize=TEXT_SIZE - 1,
-    )  # fmt: skip
-    _mark_promotions(accuracy_axes, windows)
-    dress(accuracy_axes, "RM accuracy on on-policy pairs", STEPS_LABEL, "ordered as gold orders them (%)")
-    weighted = _weighted(windows)
-    shares = [100 * float(window.ess_fraction or 0) for window in weighted]
-    snapshots = [float(window.snapshot_version or 0) for window in weighted]
-    ess_axes.vlines(snapshots, min([*shares, 1.0]) / 2, shares, color=ORANGE, linewidth=1, alpha=0.6)
-    ess_axes.plot(snapshots, shares, color=ORANGE, linestyle="none", marker="o", markersize=5)
-    ess_axes.set_yscale("log")
-    ess_axes.set_ylim(min([*shares, 1.0]) / 2, 140)
-    ess_axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    limit_steps(accuracy_axes, column(run.metrics, "step"))
-    limit_steps(ess_axes, column(run.metrics, "step"))
-    dress(
-        ess_axes, "Effective sample size of each correction", "policy version of the snapshot", "ESS (% of the pairs)"
-    )
+    for draw, axes in zip(draws, figure.subplots(1, len(draws), squeeze=False)[0], strict=True):
+        draw(axes, run, windows)
+        limit_steps(axes, column(run.metrics, "step"))
     return figure
 
 
 def draw_corrections(run: Run, windows: Sequence[CorrectionWindow]) -> "Figure":
     """Training's token rate over time, and below it each correction as a bar of its phases."""
     scale, unit = time_scale(run.end_s)
-    rows_height = min(0.24 * len(windows), 5.0)
+    rows_height = min(0.24 * len(windows), 3.5)
     figure = new_figure(9.5, 2.4 + (rows_height + 0.7 if windows else 0))
     if not windows:
         _draw_throughput(figure.subplots(), run, windows, scale)
@@ -194,7 +174,7 @@ def limit_steps(axes: "Axes", steps: Column) -> None:
 
     last = max(float(steps.max()), 1.0)
     axes.set_xlim(-0.02 * last, 1.02 * last)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
 
 
 def time_scale(end_s: float) -> tuple[float, str]:
@@ -202,6 +182,36 @@ def time_scale(end_s: float) -> tuple[float, str]:
     if end_s < 600:
         return 1.0, "s"
     return (60.0, "min") if end_s < 5 * 3600 else (3600.0, "h")
+
+
+def _draw_accuracy(axes: "Axes", run: Run, windows: Sequence[CorrectionWindow]) -> None:
+    rows = run.evaluations
+    accuracy = 100 * column(rows, "rm_accuracy")
+    axes.plot(column(rows, "step"), accuracy, color=GREEN, linewidth=1.8, marker="o", markersize=3.5)
+    axes.axhline(50, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "chance", (1, 50), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", color=MUTED,
+        fontsize=TEXT_SIZE - 1,
+    )  # fmt: skip
+    _mark_promotions(axes, windows)
+    dress(axes, "RM accuracy on on-policy pairs", STEPS_LABEL, "ordered as gold orders them (%)")
+
+
+def _draw_ess(axes: "Axes", run: Run, windows: Sequence[CorrectionWindow]) -> None:
+    weighted = _weighted(windows)
+    shares = [100 * float(window.ess_fraction or 0) for window in weighted]
+    snapshots = [float(window.snapshot_version or 0) for window in weighted]
+    floor = min([*(share for share in shares if share > 0), 1.0]) / 2
+    axes.vlines(snapshots, floor, shares, color=ORANGE, linewidth=1, alpha=0.6)
+    axes.plot(snapshots, shares, color=ORANGE, linestyle="none", marker="o", markersize=5)
+    axes.set_yscale("log")
+    axes.set_ylim(floor, 140)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    dress(axes, "Effective sample size of each correction", "policy version of the snapshot", "ESS (% of the pairs)")
+
+
+def _has_accuracy(run: Run) -> bool:
+    return any(row.get("rm_accuracy") is not None for row in run.metrics)
 
 
 def _weighted(windows: Sequence[CorrectionWindow]) -> list[CorrectionWindow]:
@@ -219,9 +229,10 @@ def _plot_noisy(
 
 
 def _mark_promotions(axes: "Axes", windows: Sequence[CorrectionWindow]) -> None:
-    for window in windows:
-        if window.outcome == "promoted" and window.policy_version is not None:
-            axes.axvline(window.policy_version, color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)), zorder=0)
+    at = [window.policy_version for window in windows if window.policy_version is not None]
+    for version in at:
+        alpha = min(1.0, MAX_LABELLED_ROWS / len(at))
+        axes.axvline(version, color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)), zorder=0, alpha=alpha)
 
 
 def _mark_end(axes: "Axes", x: Column, y: Column, text: str) -> None:

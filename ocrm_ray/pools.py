@@ -72,8 +72,8 @@ class PolicyPool(Protocol):
         """Make the staged critic live, reset the optimiser if so configured, expect the new versions. Idempotent."""
         ...
 
-    async def save(self, name: str) -> None:
-        """Write the policy as a Hugging Face model folder ``name`` in the run folder."""
+    async def save(self, name: str, weights: PolicyWeights | None = None) -> None:
+        """Write the policy, as it is or as it was exported, as a Hugging Face model folder ``name`` of the run."""
         ...
 
 

@@ -35,6 +35,13 @@ class ProgressState:
         return f"{self.arm} · {self.stage}" if self.arm else self.stage
 
     @property
+    def count(self) -> str:
+        """``40/140 updates``; nothing for a stage that does not count."""
+        if self.total is None and not self.done:
+            return ""
+        return f"{self.done}/{self.total} {self.unit}" if self.total is not None else f"{self.done} {self.unit}"
+
+    @property
     def figures(self) -> str:
         """Proxy, gold and KL as far as they are known, and the message."""
         named = (("proxy", self.proxy), ("gold", self.gold), ("KL", self.kl))
@@ -111,10 +118,9 @@ class ProgressDisplay:
     def line(self, state: ProgressState) -> str:
         """The plain line: time since the start, stage, count, rate, time left, figures."""
         now_s = self._clock()
-        count = f"{state.done}/{state.total}" if state.total is not None else str(state.done)
-        parts = [f"[{clock_text(now_s - self._start_s)}]", state.title, f"{count} {state.unit}".rstrip()]
-        parts += self._speed(state, now_s)
-        return "  ".join([*parts, state.figures] if state.figures else parts)
+        clock = f"[{clock_text(now_s - self._start_s)}]"
+        parts = [clock, state.title, state.count, *self._speed(state, now_s), state.figures]
+        return "  ".join(part.rstrip() for part in parts if part)
 
     def _speed(self, state: ProgressState, now_s: float) -> list[str]:
         rate, left_s = self._pace.rate(state, now_s), self._pace.left_s(state, now_s)
@@ -130,27 +136,26 @@ class ProgressDisplay:
             if self._task is not None:
                 bars.stop_task(self._task)
             self._pace = Pace(state.done, self._clock())
-            self._task = bars.add_task("", total=state.total, title=state.title, speed="", figures="", unit="")
+            self._task = bars.add_task("", total=state.total, title=state.title, count="", speed="", figures="")
         self._state = state
         assert self._task is not None
         bars.update(
             self._task,
             completed=state.done,
             total=state.total,
-            unit=state.unit,
+            count=state.count,
             speed="  ".join(self._speed(state, self._clock())),
             figures=state.figures,
         )
 
 
 def _bars(console: "Console") -> "Progress":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
     return Progress(
         TextColumn("{task.fields[title]}", markup=False),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}", markup=False),
+        TextColumn("{task.fields[count]}", markup=False),
         TextColumn("{task.fields[speed]}", style="dim", markup=False),
         TextColumn("{task.fields[figures]}", style="bold", markup=False),
         console=console,

@@ -40,11 +40,11 @@ class RolloutBuffer:
         self.batch_size = batch_size
         self.max_staleness = max_staleness
         self.published_version = 0
+        self.num_finished = 0
         self.num_reissued = 0
         self.straggler_wait_s = 0.0
         self._num_issued = 0
         self._num_total = num_total
-        self._num_completed = 0
         self._reissue = reissue
         self._slots: dict[str, InFlight] = {}
         self._changed = asyncio.Condition()
@@ -84,8 +84,8 @@ class RolloutBuffer:
         slot = self._slots[request_id]
         assert slot.rollout is None, "scored twice"
         assert rollout.scores is not None, "handed in without scores"
-        slot.rollout, slot.completion_order = rollout, self._num_completed
-        self._num_completed += 1
+        slot.rollout, slot.completion_order = rollout, self.num_finished
+        self.num_finished += 1
         async with self._changed:
             self._changed.notify_all()
 

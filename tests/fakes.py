@@ -84,7 +84,7 @@ class FakePolicy:
     busy: bool = False
     updates: list[tuple[float, list[Rollout]]] = field(default_factory=list)
     commits: list[tuple[float, str, int]] = field(default_factory=list)
-    saved: list[str] = field(default_factory=list)
+    saved: list[tuple[str, int]] = field(default_factory=list)
     fail_at: int | None = None
 
     async def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
@@ -117,8 +117,8 @@ class FakePolicy:
         self.reward_version, self.anchor_version = reward_version, anchor_version
         self.commits.append((asyncio.get_running_loop().time(), promotion_id, self.version))
 
-    async def save(self, name: str) -> None:
-        self.saved.append(name)
+    async def save(self, name: str, weights: PolicyWeights | None = None) -> None:
+        self.saved.append((name, self.version if weights is None else weights.version))
 
 
 @dataclass
@@ -195,6 +195,7 @@ class FakeEvaluator:
     """Remembers which policy versions it was given."""
 
     versions: dict[int, set[int]] = field(default_factory=dict)
+    gold: dict[int, float] = field(default_factory=dict)
 
     async def evaluate(
         self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[np.ndarray], sft_logprobs: Seq[Seq[np.ndarray]]
@@ -202,7 +203,7 @@ class FakeEvaluator:
         self.versions[step] = {s.first_version for group in samples for s in group} | {
             s.last_version for group in samples for s in group
         }
-        return EvaluationReport(step, step, 0.0, 0.0, 2.0), []
+        return EvaluationReport(step, step, 0.0, 0.0, 2.0, gold_mean=self.gold.get(step)), []
 
 
 @dataclass

@@ -163,6 +163,15 @@ def test_an_evaluation_samples_one_exact_version(tmp_path: Path) -> None:
     assert fakes.evaluator.versions == {0: {0}, 6: {6}, 12: {12}}
 
 
+def test_the_policy_of_the_best_gold_is_kept_beside_the_last_one(tmp_path: Path) -> None:
+    fakes = FakePools()
+    fakes.evaluator.gold = {0: 9.0, 4: 1.0, 8: 3.0, 12: 2.0}
+    run(tiny_run(**{"evaluation.every": 4}), fakes, tmp_path)
+    best = [version for name, version in fakes.policy.saved if name == "policy-best"]
+    assert best == [4, 8]
+    assert ("policy", 12) in fakes.policy.saved
+
+
 def test_generation_and_training_overlap(tmp_path: Path) -> None:
     fakes = FakePools(generation=FakeGeneration(seconds=lambda n: 2.0), policy=FakePolicy(update_s=lambda n: 2.0))
     sequential, overlapped = FakePools(), FakePools()

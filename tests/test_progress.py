@@ -43,6 +43,10 @@ def test_a_line_tells_rate_time_left_and_the_figures_so_far() -> None:
     )
 
 
+def test_a_stage_that_does_not_count_shows_its_name_alone() -> None:
+    assert plain(Clock(), (0.0, ProgressState(stage="start"))) == ["[00:00]  start"]
+
+
 def test_figures_that_are_not_known_are_left_out() -> None:
     assert rl(1, proxy=1.0).figures == "proxy 1.00"
     assert rl(1).figures == ""

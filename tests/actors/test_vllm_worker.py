@@ -8,33 +8,36 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.vllm_worker import WeightReceiver
+from actors.vllm_worker import SHARED_MEMORY, WeightReceiver
 
 ROOT = Path(__file__).parents[2]
 WORKER = """
 import os, sys, time
+from multiprocessing import resource_tracker, shared_memory
 from actors.vllm_worker import WeightReceiver
 WeightReceiver().watch_owner(int(sys.argv[1]))
-print(os.getppid(), os.getpid(), flush=True)
+segment = shared_memory.SharedMemory(create=True, size=64)
+resource_tracker.unregister(segment._name, "shared_memory")
+print(os.getppid(), os.getpid(), segment.name, flush=True)
 time.sleep(60)
 """
 ENGINE = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]])"
 OWNER = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], str(os.getpid()), sys.argv[2]])"
 
 
-def test_engine_and_worker_end_when_their_owner_is_killed():
+def test_engine_worker_and_their_shared_memory_end_when_their_owner_is_killed():
     command = [sys.executable, "-c", OWNER, ENGINE, WORKER]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as owner:
         assert owner.stdout is not None
-        pids = [int(pid) for pid in owner.stdout.readline().split()]
-        family = [psutil.Process(pid) for pid in pids]
+        engine, worker, segment = owner.stdout.readline().split()
+        family = [psutil.Process(int(engine)), psutil.Process(int(worker))]
         owner.kill()
         _, alive = psutil.wait_procs(family, timeout=15)
         for process in alive:
             process.kill()
-    assert len(family) == 2
     assert alive == []
+    assert not (SHARED_MEMORY / segment).exists()
 
 
 def test_a_process_that_is_no_ancestor_is_refused():

@@ -1,0 +1,53 @@
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+HANGING_RUN = """
+import asyncio
+from actors.groups import RayPolicyPool
+from actors.remote_actor import ActorSpec
+from actors.session import ray_session
+from dummy_actors import HANG
+from ocrm_ray.config import Deadlines
+
+async def hang():
+    spec = ActorSpec("policy-0", "dummy_actors:DummyPolicy", (0,), 1)
+    pool = await RayPolicyPool.start([spec], [{"CPU": 0.1}], Deadlines())
+    print("hangs", flush=True)
+    await pool.update([HANG])
+
+with ray_session("test") as session:
+    print(session.shared_memory, flush=True)
+    asyncio.run(hang())
+"""
+
+
+@pytest.mark.real
+def test_a_terminated_run_leaves_no_process_and_no_shared_memory():
+    run = subprocess.Popen(
+        [sys.executable, "-c", HANGING_RUN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        folder = run.stdout.readline().strip()
+        assert run.stdout.readline() == "hangs\n"
+        assert os.path.isdir(folder)
+        processes = psutil.Process(run.pid).children(recursive=True)
+        run.send_signal(signal.SIGTERM)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert processes
+    assert psutil.wait_procs(processes, timeout=20)[1] == []
+    assert not os.path.exists(folder)
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_no_cluster_at_ray_address_is_the_users_error(tmp_path):
+    script = 'from actors.session import ray_session\nwith ray_session("test"): pass'
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1", "RAY_gcs_rpc_server_connect_timeout_s": "1"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert "UserError: RAY_ADDRESS: got no answer from 127.0.0.1:1, need a running Ray cluster" in run.stderr

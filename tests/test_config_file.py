@@ -1,0 +1,317 @@
+"""Reading configurations: what comes out, and that every mistake is told in plain words with its dotted path."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ocrm_ray.checks import contradictions
+from ocrm_ray.config import MissingEosPenalty, RunConfig, StudyConfig
+from ocrm_ray.config_file import dump_yaml, load_any, load_run_config, load_study_config, study_runs
+from ocrm_ray.config_problems import known_paths
+from ocrm_ray.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+NAME_NEED = "letters, digits, dots, dashes and underscores, a letter or digit first"
+PATHS = sorted({part for path in known_paths(RunConfig.model_json_schema()) for part in (path, path.split(".")[-1])})
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def run_of(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    return load_run_config(write(tmp_path, text), overrides)
+
+
+def study_of(tmp_path: Path, text: str, *overrides: str) -> StudyConfig:
+    return load_study_config(write(tmp_path, text), overrides)
+
+
+def lines_of(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        load_any(path, overrides)
+    return str(caught.value).replace(str(path), "FILE").split("\n")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_valid_and_free_of_contradictions(path: Path) -> None:
+    config = load_any(path, [])
+    configs = [config] if isinstance(config, RunConfig) else [run for _, _, run in study_runs(config)]
+    assert configs
+    assert [contradictions(run) for run in configs] == [[]] * len(configs)
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert CONFIGS
+
+
+def test_overrides_win_over_the_file_and_later_over_earlier(tmp_path: Path) -> None:
+    config = run_of(tmp_path, "name: x\nseed: 1\npolicy: {gamma: 0.5}", "seed=2", "seed=3", "policy.num_updates=7")
+    assert (config.seed, config.policy.gamma, config.policy.num_updates) == (3, 0.5, 7)
+
+
+def test_exponents_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    config = run_of(tmp_path, "name: x\npolicy: {learning_rate: 1e-4}", "sft.learning_rate=2E-5")
+    assert (config.policy.learning_rate, config.sft.learning_rate) == (1e-4, 2e-5)
+
+
+def test_a_date_is_text(tmp_path: Path) -> None:
+    assert run_of(tmp_path, "name: 2024-01-01").name == "2024-01-01"
+
+
+def test_a_mapping_of_another_kind_replaces_instead_of_merging(tmp_path: Path) -> None:
+    text = "name: x\ngold: {kind: function, path: 'a:b'}"
+    config = run_of(tmp_path, text, "gold={kind: classifier, model: org/name}")
+    assert config.gold is not None
+    assert config.gold.model_dump() == {"kind": "classifier", "model": "org/name", "batch_size": 32}
+
+
+def test_a_mapping_of_the_same_kind_is_merged(tmp_path: Path) -> None:
+    text = "name: x\ngold: {kind: classifier, model: org/name}"
+    config = run_of(tmp_path, text, "gold={batch_size: 4}")
+    assert config.gold is not None
+    assert config.gold.model_dump() == {"kind": "classifier", "model": "org/name", "batch_size": 4}
+
+
+def test_an_override_makes_the_sections_above_it(tmp_path: Path) -> None:
+    config = run_of(tmp_path, "name: x\nrollout: {missing_eos: mask}", "rollout.missing_eos.penalty=-2", "world={}")
+    assert config.rollout.missing_eos == MissingEosPenalty(penalty=-2.0)
+    assert config.world is not None
+
+
+def test_the_dumped_tree_reads_back_equal(tmp_path: Path) -> None:
+    config = run_of(tmp_path, "name: x\nworld: {}\nstages_dir: s\npolicy: {learning_rate: 1e-7}")
+    assert run_of(tmp_path, dump_yaml(config)) == config
+
+
+def test_relative_paths_are_made_absolute_only_for_files_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    text = "name: x\nsft: {base: model}\nreward: {base: org/rm}\nstages_dir: s"
+    config = load_run_config(write(tmp_path, text), [], cwd=tmp_path)
+    assert (config.sft.base, config.reward.base) == (str(tmp_path / "model"), "org/rm")
+    assert (config.output_dir, config.stages_dir) == (tmp_path / "runs", tmp_path / "s")
+
+
+def test_study_runs_lay_each_arm_over_the_base_and_share_stages_by_seed(tmp_path: Path) -> None:
+    study = study_of(
+        tmp_path,
+        "name: s\nseeds: [4, 7]\nbase: {policy: {gamma: 0.5, num_updates: 3}}\n"
+        "arms: {a: {}, b: {policy.gamma: 0.9, correction: {strategy: none}}}",
+    )
+    runs = study_runs(study)
+    assert [(arm, seed) for arm, seed, _ in runs] == [("a", 4), ("a", 7), ("b", 4), ("b", 7)]
+    assert [config.policy.gamma for _, _, config in runs] == [0.5, 0.5, 0.9, 0.9]
+    assert {config.policy.num_updates for _, _, config in runs} == {3}
+    last = runs[-1][2]
+    assert (last.run_dir, last.stage_root) == (Path("runs/s/b/seed-7"), Path("runs/s/shared/seed-7"))
+    assert (last.seed, last.correction.strategy) == (7, "none")
+
+
+BAD_RUNS = {
+    "correction: {every: 0}": "correction.every: got 0, need an integer >= 1: change it",
+    "policy: {gamma: 2}": "policy.gamma: got 2, need a number >= 0 and <= 1: change it",
+    "policy: {learning_rate: fast}": 'policy.learning_rate: got "fast", need a number > 0: change it',
+    "policy: {learning_rate: .inf}": "policy.learning_rate: got inf, need a finite number: change it",
+    "policy: {learning_rate: .nan}": "policy.learning_rate: got nan, need a finite number: change it",
+    "policy: {num_updates: true}": "policy.num_updates: got true, need an integer >= 1: change it",
+    "policy: {num_updates: 3.5}": "policy.num_updates: got 3.5, need an integer >= 1: change it",
+    "policy: {num_updates: '3'}": 'policy.num_updates: got "3", need an integer >= 1: change it',
+    "policy: {num_updates: 99999999999999999999}": "policy.num_updates: got an enormous integer, "
+    "need one of at most 9007199254740992: change it",
+    "policy: 3": "policy: got 3, need a mapping: change it",
+    "policy: {algorithm: dpo}": 'policy.algorithm: got "dpo", need ppo, rloo or grpo: change it',
+    "policy: {gama: 1}": "policy.gama: got an unknown key, need policy.gamma: correct the key",
+    "policy: {lr: 1}": "policy.lr: got an unknown key, need policy.learning_rate: correct the key",
+    "learning_rat: 1": "learning_rat: got an unknown key, need sft.learning_rate: correct the key",
+    "checkpoint: {zzz: 1}": "checkpoint.zzz: got an unknown key, need every: remove it or choose one of these",
+    "policy.gamma: 1": "policy.gamma: got a dotted key, need one key a level: "
+    "write nested mappings (dots are for overrides)",
+    "world: []": "world: got [], need a mapping or null: change it",
+    "stages_dir: 3": "stages_dir: got 3, need a path or null: write it in quotes",
+    "data: {prompts: {}}": "data.prompts.path: got nothing, need text: add it",
+    "gold: {kind: human}": 'gold.kind: got "human", need function, classifier or similarity: change it',
+    "gold: {path: 'a:b'}": "gold.kind: got nothing, need function, classifier or similarity: add it",
+    "gold: 3": "gold: got 3, need a mapping with kind function, classifier or similarity or null: change it",
+    "gold: {kind: function, path: 3}": "gold.path: got 3, need text: write it in quotes",
+    "gold: {kind: classifier, modl: a, model: b}": "gold.modl: got an unknown key, need gold.model: correct the key",
+    "rollout: {missing_eos: drop}": 'rollout.missing_eos: got "drop", need mask or a mapping with penalty: change it',
+    "rollout: {missing_eos: {penalty: a}}": 'rollout.missing_eos.penalty: got "a", need a number: change it',
+    "correction: {num_pairs: 0}": "correction.num_pairs: got 0, need an integer >= 1 or null: change it",
+    "1: 2": "1: got the key 1, need a key that is text: write it in quotes",
+    "data: &a {prompts: *a}": "data: got endless nesting, need an ordinary tree of keys: remove the repetition",
+}
+
+
+@pytest.mark.parametrize("text", BAD_RUNS)
+def test_a_bad_value_is_told_with_its_path_and_what_is_needed(tmp_path: Path, text: str) -> None:
+    assert lines_of(tmp_path, f"name: x\n{text}") == [BAD_RUNS[text]]
+
+
+def test_a_name_that_is_no_text_is_told_to_be_quoted(tmp_path: Path) -> None:
+    assert lines_of(tmp_path, "name: 3") == [f"name: got 3, need {NAME_NEED}: write it in quotes"]
+
+
+def test_a_wrong_key_inside_a_union_is_told_of_the_branch_that_was_meant(tmp_path: Path) -> None:
+    assert lines_of(tmp_path, "name: x\nrollout: {missing_eos: {penlty: 1}}") == [
+        "rollout.missing_eos.penalty: got nothing, need a number: add it",
+        "rollout.missing_eos.penlty: got an unknown key, need rollout.missing_eos.penalty: correct the key",
+    ]
+
+
+BAD_FILES = {
+    "": "FILE: got an empty file, need a YAML mapping: write key: value lines",
+    "[1]": "FILE: got [1], need a YAML mapping: write key: value lines",
+    "name: x\n  a: 3": "FILE: got invalid YAML at line 2 (mapping values are not allowed here), "
+    "need a YAML mapping: correct that line",
+    "name: x\nseed: 1\nseed: 2": "FILE: got invalid YAML at line 3 (the key seed twice), "
+    "need a YAML mapping: correct that line",
+    "a: !!python/object:os.system 3": "FILE: got invalid YAML at line 1 (tags (!) are not used here), "
+    "need a YAML mapping: correct that line",
+    "a: " + "[" * 2000: "FILE: got invalid YAML (nested too deeply), need a YAML mapping: correct that line",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES, ids=range(len(BAD_FILES)))
+def test_a_file_that_is_no_mapping_is_told_with_its_line(tmp_path: Path, text: str) -> None:
+    assert lines_of(tmp_path, text) == [BAD_FILES[text]]
+
+
+def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
+    for name, got in (
+        ("gone.yaml", "no such file or directory"),
+        (".", "is a directory"),
+        ("latin.yaml", "a file that is no UTF-8 text"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_any(tmp_path / name, [])
+        assert str(caught.value) == f"{tmp_path / name}: got {got}, need a YAML file: check the path"
+
+
+def test_all_mistakes_of_file_and_overrides_are_told_at_once(tmp_path: Path) -> None:
+    assert lines_of(tmp_path, "name: x\nseed: -1\npolicy: {gamma: .inf, zz: 1}", "foo", "=3", "a..b=3", "data=[") == [
+        "foo: got no = sign, need key=value: write foo=VALUE",
+        '=3: got the key "", need dotted.key=value: write the key in full',
+        'a..b=3: got the key "a..b", need dotted.key=value: write the key in full',
+        "data: got invalid YAML at line 1 (expected the node content, but found '<stream end>'), "
+        "need a YAML value: put the value in quotes",
+        "policy.gamma: got inf, need a finite number: change it",
+        "seed: got -1, need an integer >= 0: change it",
+        "policy.zz: got an unknown key, need algorithm, num_updates, learning_rate, critic_learning_rate, lr_schedule, "
+        "num_epochs, num_minibatches, micro_batch_size, kl_coefficient, kl_estimator, kl_placement, clip_range, "
+        "value_clip_range, value_coefficient, gamma, gae_lambda, max_grad_norm, adam_beta2 or zero_stage: "
+        "remove it or choose one of these",
+    ]
+
+
+def test_mistakes_of_a_missing_file_do_not_hide_those_of_the_overrides(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_any(tmp_path / "gone.yaml", ["foo"])
+    assert [problem.path for problem in caught.value.problems] == [str(tmp_path / "gone.yaml"), "foo"]
+
+
+def test_problems_of_arms_are_told_of_the_arm_and_shared_ones_of_the_base(tmp_path: Path) -> None:
+    text = "name: s\nbase: {correction: {every: 0}}\narms: {a: {policy.gamma: 2}, b: {policy: {gamma: 3}}, c: {}}"
+    assert lines_of(tmp_path, text) == [
+        "arms.a.policy.gamma: got 2, need a number >= 0 and <= 1: change it",
+        "base.correction.every: got 0, need an integer >= 1: change it",
+        "arms.b.policy.gamma: got 3, need a number >= 0 and <= 1: change it",
+    ]
+
+
+def test_a_problem_that_every_arm_sets_itself_is_told_of_the_arms(tmp_path: Path) -> None:
+    text = "name: s\nbase: {}\narms: {a: {policy.gamma: 2}, b: {policy.gamma: 2}}"
+    assert lines_of(tmp_path, text) == [
+        f"arms.{arm}.policy.gamma: got 2, need a number >= 0 and <= 1: change it" for arm in "ab"
+    ]
+
+
+BAD_STUDIES = {
+    "base: {seed: 3}\narms: {a: {}}": [
+        "base.seed: got 3, need no such key in a study's base: remove it: the study sets seed"
+    ],
+    "base: {}\narms: {a: {name: b}}": [
+        'arms.a.name: got "b", need no such key in an arm: remove it: the study sets name'
+    ],
+    "base: {}\narms: {shared: {}}": [
+        "arms.shared: got an arm called shared, need another name: rename it: stages live there"
+    ],
+    "base: {}\narms: {}": ["arms: got none, need at least one arm: add one"],
+    "base: {}\narms: {a b: {}}": [f'arms.a b: got "a b", need {NAME_NEED}: rename it'],
+    "base: {}\narms: {a: 3}": ["arms.a: got 3, need a mapping: change it"],
+    "base: {}\narms: {a: {}}\nseeds: []": ["seeds: got none, need at least one seed: add one"],
+    "base: {}\narms: {a: {}}\nseeds: [1, 1]": ["seeds: got [1, 1], need each seed once: remove the repeated ones"],
+    "base: {}\narms: {a: {}}\nseeds: 3": ["seeds: got 3, need a list, each item an integer >= 0: change it"],
+    "arms: {a: {}}\nseeds: [x]": [
+        "base: got nothing, need a mapping: add it",
+        'seeds.0: got "x", need an integer >= 0: change it',
+    ],
+}
+
+
+@pytest.mark.parametrize("text", BAD_STUDIES)
+def test_a_bad_study_is_told(tmp_path: Path, text: str) -> None:
+    assert lines_of(tmp_path, f"name: s\n{text}") == BAD_STUDIES[text]
+
+
+def test_a_run_is_no_study_and_a_study_no_run(tmp_path: Path) -> None:
+    run, study = tmp_path / "run.yaml", tmp_path / "study.yaml"
+    run.write_text("name: x")
+    study.write_text("name: s\nbase: {}\narms: {a: {}}")
+    with pytest.raises(
+        UserError, match="got a configuration without arms, need a study: use ocrm-ray run, or add arms"
+    ):
+        load_study_config(run, [])
+    with pytest.raises(UserError, match=r"got a study \(it has the key arms\), need one run: use ocrm-ray study"):
+        load_run_config(study, [])
+
+
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.dates() | st.binary(max_size=3)
+)
+keys = st.sampled_from([*PATHS, "arms", "base", "seeds"]) | st.text(max_size=5) | st.integers() | st.none()
+trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(tree=st.dictionaries(keys, trees, max_size=6))
+def test_any_mapping_gives_a_configuration_or_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, tree: object
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "tree.yaml"
+    path.write_text(yaml.dump(tree), encoding="utf-8")
+    outcome_of(path, [])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    overrides=st.lists(
+        st.text(max_size=12)
+        | st.builds(lambda key, value: f"{key}={value}", st.sampled_from(PATHS), st.text(max_size=6) | trees),
+        max_size=4,
+    ),
+    text=st.text(max_size=20) | st.just("name: x"),
+)
+def test_any_text_and_overrides_give_a_configuration_or_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, overrides: list[str], text: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "text.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    outcome_of(path, overrides)
+
+
+def outcome_of(path: Path, overrides: list[str]) -> None:
+    try:
+        config = load_any(path, overrides)
+    except UserError as error:
+        told = error.problems
+    else:
+        runs = [config] if isinstance(config, RunConfig) else [run for _, _, run in study_runs(config)]
+        told = tuple(problem for run in runs for problem in contradictions(run))
+    assert [str(problem) for problem in told if len(str(problem).splitlines()) != 1] == []

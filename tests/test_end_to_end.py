@@ -1,0 +1,133 @@
+"""The product as a user runs it: one small study with real vLLM, DeepSpeed and Ray, then its files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+STUDY = {
+    "name": "tiny",
+    "base": {
+        "world": {"kind": "praise", "num_prompts": 400},
+        "data": {"num_heldout": 48},
+        "sft": {"num_epochs": 1},
+        "pairs": {"num_pairs": 500},
+        "reward": {"num_calibration": 128},
+        "rollout": {"prompts_per_step": 8, "samples_per_prompt": 4, "max_new_tokens": 13},
+        "policy": {"num_updates": 8},
+        "correction": {"every": 3, "num_pairs": 300},
+        "evaluation": {"every": 4, "num_prompts": 48, "num_pair_prompts": 16, "num_samples_saved": 4},
+        "checkpoint": {"every": 4},
+    },
+    "arms": {
+        "overlapped": {"correction.promote_after": 2},
+        "paper": {
+            "policy.algorithm": "ppo",
+            "policy.lr_schedule": "linear",
+            "correction.schedule": "blocking",
+            "correction.kl_reference": "moving",
+            "correction.critic_on_promote": "reinit",
+            "correction.reset_optimizer": True,
+        },
+    },
+    "seeds": [3],
+}
+
+pytestmark = pytest.mark.real
+
+
+def jsonl(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def events(study_dir: Path, arm: str) -> list[dict[str, object]]:
+    return jsonl(study_dir / arm / "seed-3" / "events.jsonl")
+
+
+@pytest.fixture(scope="module")
+def study_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(STUDY | {"output_dir": str(folder / "runs")}))
+    shared_before = set(Path("/dev/shm").glob("ocrm-*"))
+    done = subprocess.run(
+        [sys.executable, "-m", "ocrm_ray", "study", str(folder / "tiny.yaml")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(Path("/dev/shm").glob("ocrm-*")) <= shared_before
+    return folder / "runs" / "tiny"
+
+
+def test_both_schedules_promote_corrections_with_their_lag(study_dir: Path) -> None:
+    lags = {
+        arm: [
+            row["lag_steps"] for row in jsonl(study_dir / arm / "seed-3" / "events.jsonl") if row["event"] == "promoted"
+        ]
+        for arm in STUDY["arms"]
+    }
+    assert lags == {"overlapped": [2, 2], "paper": [0, 0]}
+
+
+def test_rollouts_finish_inside_every_overlapped_correction_window(study_dir: Path) -> None:
+    rows = events(study_dir, "overlapped")
+    promoted = [row for row in rows if row["event"] == "promoted"]
+    assert promoted
+    assert all(row["num_rollouts_finished"] > 0 for row in promoted)
+
+
+def test_the_moving_anchor_is_the_snapshot_and_the_frozen_one_stays(study_dir: Path) -> None:
+    anchors = {
+        arm: [row["anchor_version"] for row in jsonl(study_dir / arm / "seed-3" / "metrics.jsonl")]
+        for arm in STUDY["arms"]
+    }
+    assert set(anchors["overlapped"]) == {0}
+    assert anchors["paper"] == [0, 0, 0, 3, 3, 3, 6, 6, 6]
+
+
+def test_engine_and_trainer_agree_after_every_publish(study_dir: Path) -> None:
+    for arm in STUDY["arms"]:
+        rows = events(study_dir, arm)
+        probes = [row for row in rows if row["event"] == "probe_measured"]
+        assert probes
+        assert all(probe["gap"] < 1e-4 for probe in probes)
+
+
+def test_every_step_has_its_line_and_evaluations_have_gold(study_dir: Path) -> None:
+    rows = jsonl(study_dir / "overlapped" / "seed-3" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(9))
+    assert [row["step"] for row in rows if row["gold_mean"] is not None] == [0, 4, 8]
+
+
+def test_arms_share_their_stages_and_differ_in_nothing_before_rl(study_dir: Path) -> None:
+    assert (study_dir / "shared" / "seed-3" / "reward" / "stage.json").exists()
+    first = [jsonl(study_dir / arm / "seed-3" / "metrics.jsonl")[0] for arm in STUDY["arms"]]
+    assert first[0]["gold_mean"] == first[1]["gold_mean"]
+    assert first[0]["proxy_mean"] == pytest.approx(first[1]["proxy_mean"], abs=1e-6)
+
+
+def test_the_last_policy_and_the_checkpoint_are_model_folders_that_answer(study_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for folder in ("policy", "policy-best", "checkpoints/step-4"):
+        path = study_dir / "paper" / "seed-3" / folder
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        prompt = tokenizer(
+            jsonl(study_dir / "shared" / "seed-3" / "data" / "heldout.jsonl")[0]["text"], return_tensors="pt"
+        )
+        answer = model.generate(**prompt, max_new_tokens=13, do_sample=False)
+        assert tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split()
+
+
+def test_the_study_ends_with_a_table_and_reports(study_dir: Path) -> None:
+    assert set(json.loads((study_dir / "study.json").read_text())["arms"]) == set(STUDY["arms"])
+    assert (study_dir / "study.html").stat().st_size > 1000
+    assert (study_dir / "overlapped" / "seed-3" / "report.html").exists()
