@@ -76,8 +76,8 @@ class RayPolicyPool(RayPool):
     async def commit(self, promotion_id: str, reward_version: int, anchor_version: int) -> None:
         await self._on_every_rank("commit", promotion_id, reward_version, anchor_version)
 
-    async def save(self, name: str) -> None:
-        await self._on_every_rank("save", name)
+    async def save(self, name: str, weights: PolicyWeights | None = None) -> None:
+        await self._on_every_rank("save", name, weights)
 
     async def _on_every_rank(self, method: str, *arguments: object) -> Any:
         """The first rank's answer, once all have answered."""

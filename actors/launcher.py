@@ -31,7 +31,7 @@ def run_study(study: StudyConfig) -> Path:
     Returns the study's report.
     """
     with ray_session(study.name) as session, ProgressDisplay() as display:
-        for arm, seed, config in study_runs(study):
+        for arm, seed, config in study_runs(study, cwd=Path.cwd()):
             if not (config.run_dir / "summary.json").exists():
                 asyncio.run(_run(config, session, display, arm=f"{arm} seed {seed}"))
     return write_study(study.output_dir / study.name, list(study.arms), study.seeds)

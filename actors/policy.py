@@ -5,6 +5,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from actors.critic import Critic
 from actors.training_engine import EngineSettings, TrainingEngine, start_process, write_weights
@@ -126,9 +127,10 @@ class PolicyActor:
         self._reward_version, self._anchor_version = reward_version, anchor_version
         self._committed = promotion_id
 
-    def save(self, name: str) -> None:
-        """Write the policy as Hugging Face folder ``name`` in the run folder."""
-        self._engine.save(self._tokenizer, self._run_dir / name)
+    def save(self, name: str, weights: PolicyWeights | None = None) -> None:
+        """Write the policy, as it is or as it was exported, as Hugging Face folder ``name`` in the run folder."""
+        state = None if weights is None else load_file(weights.path)
+        self._engine.save(self._tokenizer, self._run_dir / name, state)
 
     def close(self) -> None:
         """Free the engines."""

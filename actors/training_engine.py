@@ -5,6 +5,7 @@ Several engines may live in one process (policy and critic, or one refit after a
 
 import gc
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from ocrm_ray.config import Dtype
+from ocrm_ray.errors import RunError
 from ocrm_ray.networks import ScalarModel, save_model
 
 ADAM_BETA1 = 0.9
@@ -104,15 +106,21 @@ class TrainingEngine:
             self._engine.step()
 
     def step(self, factor: float) -> float:
-        """Clip, update at ``factor`` times the learning rate, clear; returns the gradient norm before clipping."""
+        """Clip, update at ``factor`` times the learning rate, clear; returns the gradient norm before clipping.
+
+        RunError where the gradient is not finite: DeepSpeed would skip the step and say nothing.
+        """
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = factor * self._settings.learning_rate
         if self._settings.is_plain:
-            norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._settings.max_grad_norm)
+            norm = float(torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._settings.max_grad_norm))
             self._engine.step()
-            return float(norm)
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        else:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+        if not math.isfinite(norm) or norm < 0:
+            raise RunError("the gradient is not finite: lower the learning rate, or look for scores that are not")
+        return norm
 
     def reset_optimizer(self) -> None:
         """Forget the optimiser's moments, as if the engine had just been made of the present weights."""
@@ -127,12 +135,11 @@ class TrainingEngine:
         with deepspeed.zero.GatheredParameters(list(self._module.parameters())):
             return own_tensors(self.network.state_dict())
 
-    def save(self, tokenizer: Any, folder: Path) -> None:
-        """Write the network as a Hugging Face folder."""
-        # Only ZeRO 3 leaves the module without its weights.
-        save_model(
-            self._module, tokenizer, folder, state_dict=self.weights() if self._settings.zero_stage == 3 else None
-        )
+    def save(self, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write the network, with its present weights or with ``state``, as a Hugging Face folder."""
+        if state is None and self._settings.zero_stage == 3:  # the module itself is without its weights
+            state = self.weights()
+        save_model(self._module, tokenizer, folder, state_dict=state)
 
     def close(self) -> None:
         """Free what DeepSpeed holds for this engine; the process group stays."""
@@ -186,7 +193,7 @@ def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
         "steps_per_print": NEVER,
     }
     if settings.dtype == "bfloat16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         # Without ZeRO DeepSpeed adds bfloat16 gradients up in bfloat16, and at stage 1 it prints; 2 costs nothing.
         config["zero_optimization"]["stage"] = max(2, settings.zero_stage)

@@ -121,7 +121,7 @@ def _study(arguments: argparse.Namespace) -> int:
         run_study(study)
 
     again = ["study", str(arguments.config), *arguments.overrides]
-    return _guarded(launch, study.output_dir / study.name, again)
+    return _guarded(launch, study.output_dir / study.name / "ARM" / "seed-N", again)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -170,7 +170,7 @@ def _guarded(launch: Callable[[], None], folder: Path, again: Sequence[str]) -> 
         _say(f"error: {error}", *_logs(folder), resume)
         return FAILED
     except Exception as error:
-        _say(f"error: {type(error).__name__}: {error}", *_logs(folder), resume, "", traceback.format_exc())
+        _say(f"error: {type(error).__name__}: {error}", *_logs(folder), resume, "", traceback.format_exc().rstrip())
         return FAILED
     return DONE
 

@@ -21,6 +21,7 @@ MAX_DEPTH = 32
 MAX_VALUES = 100_000
 MAX_INTEGER = 2**53
 MAX_SHOWN = 60
+_ABSENT = object()
 
 
 def shown(value: object) -> str:
@@ -130,9 +131,9 @@ def _is_below(parts: tuple[object, ...], ancestor: tuple[object, ...]) -> bool:
 
 def _mismatch(schema: Schema, parts: tuple[object, ...], node: Schema, tree: object) -> Problem:
     need = need_of(schema, node)
-    if not _has(tree, parts):
-        return Problem(dotted(parts), "nothing", need, "add it")
     value = _value(tree, parts)
+    if value is _ABSENT:
+        return Problem(dotted(parts), "nothing", need, "add it")
     wants_text = any(branch.get("type") == "string" and "enum" not in branch for branch in _branches(schema, node))
     quotes = wants_text and isinstance(value, int | float)
     return Problem(dotted(parts), shown(value), need, "write it in quotes" if quotes else "change it")
@@ -214,20 +215,13 @@ def _tag_schema(schema: Schema, node: Schema) -> Schema:
     return {"enum": kinds}
 
 
-def _has(tree: object, parts: Sequence[object]) -> bool:
+def _value(tree: Any, parts: Sequence[Any]) -> Any:
+    """What stands at a path of the tree; ``_ABSENT`` where nothing does."""
     for part in parts:
         present = part in tree if isinstance(tree, Mapping) else isinstance(tree, list) and part in range(len(tree))
         if not present:
-            return False
-        tree = tree[part]  # type: ignore[index]
-    return True
-
-
-def _value(tree: object, parts: Sequence[object]) -> object:
-    if not _has(tree, parts):
-        return None
-    for part in parts:
-        tree = tree[part]  # type: ignore[index]
+            return _ABSENT
+        tree = tree[part]
     return tree
 
 

@@ -116,8 +116,8 @@ class Coordinator:
 
     async def _publish(self, version: int) -> None:
         """Engines take pi_v+1 between tokens; a held-out evaluation of pi_v is sampled to its end first."""
+        await self.heldout.sampled()
         with self.step_clock.timed("publish"):
-            await self.heldout.sampled()
             published = await self.publisher.publish()
             assert published.version == version
             await self.buffer.publish(version)

@@ -165,7 +165,7 @@ def _folder_problems(config: RunConfig) -> Iterator[Problem]:
     for key, folder in folders.items():
         if folder is None:
             continue
-        existing = next((place for place in (folder, *folder.absolute().parents) if os.path.lexists(place)), folder)
+        existing = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
         if not os.path.isdir(existing):
             yield Problem(key, f"{shown(str(folder))}, where {existing} is a file", "a folder", "change it")
         elif not os.access(existing, os.W_OK | os.X_OK):

@@ -80,7 +80,7 @@ def machine_problems(config: RunConfig, sizes: NetworkSizes | None) -> list[Prob
         available = psutil.virtual_memory().total / GIB
         if sum(memory.values()) > available:
             do = "use smaller models, bfloat16, fewer actors, a smaller micro_batch_size or kv_cache_gib"
-            got = "about " + _total(memory, "GiB of memory")
+            got = "about " + _total({name: round(amount, 1) for name, amount in memory.items()}, "GiB of memory")
             problems.append(Problem("pools", got, f"at most {available:.1f} GiB (this machine's)", do))
     return problems
 

@@ -64,10 +64,11 @@ BIASED = "the importance ratio of truncated sampling is biased"
 CONTRADICTIONS = {
     "sft.ready=a/b": 'sft.ready: got "a/b", need nothing beside world: remove it, or remove world',
     "pairs.ready.path=p.json": 'pairs.ready: got "p.json", need nothing beside world: remove it, or remove world',
-    "gold={kind: function, path: 'a.b:c'}": 'gold: got "function", need nothing beside world: remove it, or remove world',
+    "gold={kind: function, path: 'a:b'}": 'gold: got "function", need nothing beside world: remove it, or remove world',
     "pairs.behaviour=unknown": 'pairs.behaviour: got "unknown", need sft, since the pairs are sampled from it: '
     "remove it, or set pairs.ready",
-    "pairs.num_pairs=1 reward.num_calibration=1": "pairs.num_pairs: got 1, need at least 2, one of them held out: raise it",
+    "pairs.num_pairs=1 reward.num_calibration=1": "pairs.num_pairs: got 1, "
+    "need at least 2, one of them held out: raise it",
     "pairs.num_pairs=2 pairs.heldout_share=0.9 reward.num_calibration=4": "pairs.heldout_share: got 0.9, "
     "need less than 1 - 1 / pairs.num_pairs (2): lower it: no pair is left to train on",
     "correction.num_pairs=19001": "correction.num_pairs: got 19001, need at most 19000, the training pairs: "
@@ -81,10 +82,10 @@ CONTRADICTIONS = {
     "pairs.top_k=3": f"pairs.top_k: got 3 with strategy ocrm, need 0: {BIASED}: set it to 0, or use strategy refit",
     "correction.promote_after=2 correction.max_lag=3": "correction.max_lag: got 3 beside promote_after 2, "
     "need one of the two: remove one",
-    "correction.schedule=blocking correction.promote_after=2": "correction.promote_after: got 2 with schedule blocking, "
-    "need nothing: a blocking correction is promoted before the next update: remove it",
-    "correction.schedule=blocking correction.max_lag=2": "correction.max_lag: got 2 with schedule blocking, "
-    "need nothing: a blocking correction is promoted before the next update: remove it",
+    "correction.schedule=blocking correction.promote_after=2": "correction.promote_after: got 2 with schedule "
+    "blocking, need nothing: a blocking correction is promoted before the next update: remove it",
+    "correction.schedule=blocking correction.max_lag=2": "correction.max_lag: got 2 with schedule "
+    "blocking, need nothing: a blocking correction is promoted before the next update: remove it",
     "correction.critic_on_promote=reinit": "correction.critic_on_promote: got reinit with policy.algorithm rloo, "
     "need keep: only ppo has a critic: set it to keep",
     "correction.rm_init=sft": "correction.rm_init: got sft with world, "
@@ -110,8 +111,10 @@ CONTRADICTIONS = {
     "world.num_prompts=116281": "world.num_prompts: got 116281, need at most 116280, all there are: lower it",
     "world.num_prompts=1055": "world.num_prompts: got 1055, "
     "need at least 1056: data.num_heldout 1024 and those of one step: raise it, or lower data.num_heldout",
-    "world.policy_hidden_size=48": "world.policy_hidden_size: got 48, need a multiple of 32, the width of a head: change it",
-    "world.reward_hidden_size=16": "world.reward_hidden_size: got 16, need a multiple of 32, the width of a head: change it",
+    "world.policy_hidden_size=48": "world.policy_hidden_size: got 48, "
+    "need a multiple of 32, the width of a head: change it",
+    "world.reward_hidden_size=16": "world.reward_hidden_size: got 16, "
+    "need a multiple of 32, the width of a head: change it",
     "rollout.max_new_tokens=12": "rollout.max_new_tokens: got 12, "
     "need 13 (its responses and EOS) to 60 (its models' context less the prompt) with world: change it",
     "rollout.max_new_tokens=61": "rollout.max_new_tokens: got 61, "
@@ -203,7 +206,8 @@ def test_a_model_without_weights_tokenizer_or_config_is_told(workplace: Path) ->
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         (workplace / "model" / name).unlink()
     assert lines(inspect(config_of(MODELS))) == [
-        'sft.base: got "model" without a readable config.json, need a Hugging Face model folder: save the model there again',
+        'sft.base: got "model" without a readable config.json, need a Hugging Face model folder: '
+        "save the model there again",
         'sft.base: got "model" without a tokenizer, need tokenizer files beside the weights: save the tokenizer there',
         'sft.base: got "model" without weights, need *.safetensors beside config.json: save the model there again',
     ]
@@ -371,7 +375,7 @@ def test_asking_for_more_than_the_machine_has_is_told() -> None:
         f"pools: got 1.5 GPUs (policy 0.5, reward 1), need at most 0 (this machine's): {gpu_do}"
     ]
     assert lines(inspect(config_of(WORLD, "pools.generation.kv_cache_gib=100"))) == [
-        "pools: got about 105 GiB of memory (generation 102.5, policy 0.51, scoring 0.5, reward 0.5, evaluation 0.5, "
+        "pools: got about 105 GiB of memory (generation 102.5, policy 0.5, scoring 0.5, reward 0.5, evaluation 0.5, "
         "ray 0.5), need at most 32.0 GiB (this machine's): "
         "use smaller models, bfloat16, fewer actors, a smaller micro_batch_size or kv_cache_gib"
     ]

@@ -4,6 +4,7 @@ import asyncio
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -132,10 +133,7 @@ def bench(tmp_path_factory):
     loop = asyncio.new_event_loop()
     pool = GenerationPool(kv_cache_gib=0.25)
     extension = "faulty_receiver.FaultyReceiver"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in os.environ.items():
-            patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parent)])):
         actor = GenerationActor(pool, str(folder), MAX_MODEL_LEN, 0, False, worker_extension=extension)
         loop.run_until_complete(actor.start())
         bench = Bench(loop, actor, folder, files)

@@ -244,3 +244,12 @@ def test_groups_of_different_sizes_are_a_programming_error(tmp_path):
     smaller = replace(rollout, samples=rollout.samples[:2], scores=rollout.scores[:2])
     with pytest.raises(AssertionError, match="groups of different sizes"):
         actor.update([rollout, smaller])
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (2, "float32"), (0, "bfloat16"), (3, "bfloat16")])
+def test_gradient_that_is_not_finite_ends_the_run(zero_stage, dtype):
+    engine = TrainingEngine(build_policy(), EngineSettings(1e-3, 1.0, zero_stage, dtype))
+    logits = engine.forward(input_ids=torch.tensor([[3, 4]]), use_cache=False).logits.float()
+    engine.accumulate(logits.sum() * float("nan"), is_last=True)
+    with pytest.raises(RunError, match="gradient is not finite"):
+        engine.step(1.0)

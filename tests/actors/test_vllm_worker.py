@@ -21,7 +21,9 @@ resource_tracker.unregister(segment._name, "shared_memory")
 print(os.getppid(), os.getpid(), segment.name, flush=True)
 time.sleep(60)
 """
-ENGINE = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]])"
+ENGINE = (
+    "import subprocess, sys, time; subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]]); time.sleep(60)"
+)
 OWNER = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], str(os.getpid()), sys.argv[2]])"
 
 
