@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ocrm_ray.errors import Problem, UserError
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local cluster: sequences and log-probs pass through it, weights do not."""
+CONNECT_S = 10.0
+"""For the cluster at RAY_ADDRESS to accept a connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ def ray_session(run: str, *, log_to_driver: bool = False) -> Iterator[Session]:
     """Start Ray, or connect to RAY_ADDRESS; on leaving, whatever the reason, shut down and remove shared memory.
 
     ``log_to_driver`` shows what actors print. SIGTERM becomes KeyboardInterrupt, as Ctrl-C is. Raises UserError if
-    no cluster answers at RAY_ADDRESS. For the main thread.
+    no cluster is at RAY_ADDRESS, or it refuses. For the main thread.
     """
     address = os.environ.get("RAY_ADDRESS")
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -58,9 +61,24 @@ def _initialise(**options: Any) -> dict[str, Any]:
     try:
         return dict(ray.init(logging_level=logging.ERROR, **options).address_info)
     except ConnectionError as error:
-        do = "start it; set RAY_AUTH_MODE=token if it asks for its token; or unset RAY_ADDRESS to run on this machine"
-        problem = Problem("RAY_ADDRESS", f"no answer from {os.environ['RAY_ADDRESS']}", "a running Ray cluster", do)
-        raise UserError([problem]) from error
+        do = "set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
+        raise _address_error("a refusal", "a cluster that lets this program in", do) from error
+
+
+def _require_listener(address: str) -> None:
+    """UserError unless ``address`` is HOST:PORT and something listens there: Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise _address_error("another form", "HOST:PORT", "correct it; a job is submitted with ray job submit")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        do = "start the cluster, or unset RAY_ADDRESS to run on this machine"
+        raise _address_error(f"no answer: {error}", "a running Ray cluster", do) from error
+
+
+def _address_error(got: str, need: str, do: str) -> UserError:
+    return UserError([Problem("RAY_ADDRESS", f"{os.environ['RAY_ADDRESS']!r} ({got})", need, do)])
 
 
 def _package_folders() -> list[Path]:
@@ -90,6 +108,7 @@ def _local_options() -> dict[str, Any]:
 
 
 def _cluster_options(address: str) -> dict[str, Any]:
+    _require_listener(address)
     if address.startswith((LOOPBACK, "localhost")):
         _stay_on_loopback()
     if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:

@@ -1,67 +1,66 @@
 """From YAML files and ``key=value`` overrides to runs and studies, every mistake told at once.
 
-A relative path inside a configuration means relative to the current directory (not to the file).
+An override sets one dotted key; its value is read as YAML. A mapping is merged into the mapping that it meets, unless
+the two name another ``kind``; anything else replaces what was there. A relative path inside a configuration means
+relative to the current directory (not to the file).
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from ocrm_ray.config import RunConfig, Section, StudyConfig
 from ocrm_ray.config_problems import shown, validation_problems
-from ocrm_ray.config_tree import Tree, merged, nested, read_tree
 from ocrm_ray.errors import Problem, UserError
 
+Tree: TypeAlias = dict[str, Any]
 Config = TypeVar("Config", bound=Section)
 
 SET_BY_STUDY = ("name", "output_dir", "stages_dir", "seed")
 SHARED = "shared"
+_PATH_KEYS = ("ready", "base", "behaviour", "model", "path")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-4`` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def load_any(path: Path, overrides: Sequence[str]) -> RunConfig | StudyConfig:
+    """A study where the tree has the key ``arms``, else a run. Raises UserError with everything that is wrong."""
+    tree, problems = _read(path, overrides)
+    if "arms" not in tree:
+        return _validated(RunConfig, tree, problems)
+    study = _validated(StudyConfig, tree, problems)
+    if problems := _study_contradictions(study):
+        raise UserError(problems)
+    study_runs(study)
+    return study
 
 
 def load_run_config(path: Path, overrides: Sequence[str], *, cwd: Path | None = None) -> RunConfig:
-    """One run's configuration.
-
-    With ``cwd`` its relative paths are made absolute there, for processes that work in another directory.
-    Raises UserError with everything that is wrong in the file and the overrides.
-    """
-    tree, problems = read_tree(path, overrides)
-    if "arms" in tree:
+    """One run's configuration; with ``cwd`` as ``anchored`` there. Raises UserError with everything that is wrong."""
+    config = load_any(path, overrides)
+    if not isinstance(config, RunConfig):
         raise UserError([Problem(str(path), "a study (it has the key arms)", "one run", "use ocrm-ray study")])
-    config = _validated(RunConfig, tree, problems)
     return config if cwd is None else anchored(config, cwd)
 
 
 def load_study_config(path: Path, overrides: Sequence[str]) -> StudyConfig:
     """A study's configuration; each arm is validated too. Raises UserError with everything that is wrong."""
-    tree, problems = read_tree(path, overrides)
-    if "arms" not in tree:
-        raise UserError(
-            [Problem(str(path), "a configuration without arms", "a study", "use ocrm-ray run, or add arms")]
-        )
-    return _study(tree, problems)
-
-
-def load_any(path: Path, overrides: Sequence[str]) -> RunConfig | StudyConfig:
-    """A study where the tree has the key ``arms``, else a run."""
-    tree, problems = read_tree(path, overrides)
-    return _study(tree, problems) if "arms" in tree else _validated(RunConfig, tree, problems)
-
-
-def _study(tree: Tree, problems: list[Problem]) -> StudyConfig:
-    study = _valid_or_none(StudyConfig, tree, problems)
-    if study is not None:
-        problems += _study_contradictions(study)
-        try:
-            study_runs(study)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
-    assert study is not None
+    study = load_any(path, overrides)
+    if not isinstance(study, StudyConfig):
+        raise UserError([Problem(str(path), "a run (no key arms)", "a study", "use ocrm-ray run, or add arms")])
     return study
 
 
@@ -73,15 +72,12 @@ def study_runs(study: StudyConfig, *, cwd: Path | None = None) -> list[tuple[str
     """
     root = study.output_dir / study.name
     runs: list[tuple[str, int, RunConfig]] = []
-    per_arm: dict[str, list[Problem]] = {}
+    per_arm: dict[str, Sequence[Problem]] = {}
     for arm, changes in study.arms.items():
-        tree = merged(study.base, nested(changes))
         try:
-            config = _validated(
-                RunConfig, tree | {"name": arm, "output_dir": str(root), "stages_dir": None, "seed": 0}, []
-            )
+            config = _validated(RunConfig, _merged(study.base, _nested(changes)) | {"name": arm}, [])
         except UserError as error:
-            per_arm[arm] = list(error.problems)
+            per_arm[arm] = error.problems
             continue
         for seed in study.seeds:
             folders = {"output_dir": root / arm, "stages_dir": root / SHARED / f"seed-{seed}"}
@@ -93,74 +89,31 @@ def study_runs(study: StudyConfig, *, cwd: Path | None = None) -> list[tuple[str
 
 
 def arm_problems(study: StudyConfig, per_arm: Mapping[str, Sequence[Problem]]) -> list[Problem]:
-    """Problems of runs as problems of their study: of ``base`` where all arms have them, else of the arm."""
+    """Problems of runs as problems of their study: of ``base`` where all arms have and none sets it, else of the arm."""
     found: dict[Problem, None] = {}
     for arm, problems in per_arm.items():
         for problem in problems:
-            of_all = all(problem in per_arm.get(other, ()) for other in study.arms)
-            set_by_arms = any(_touches(nested(changes), problem.path) for changes in study.arms.values())
-            prefix = "base." if of_all and not set_by_arms else f"arms.{arm}."
-            if problem.path in SET_BY_STUDY:
-                prefix = ""
-            found[Problem(prefix + problem.path, problem.got, problem.need, problem.do)] = None
-    return list(found)
-
-
-def _touches(tree: object, path: str) -> bool:
-    for part in path.split("."):
-        if not isinstance(tree, Mapping):
-            return True
-        if part not in tree:
-            return False
-        tree = tree[part]
-    return True
-
-
-def _study_contradictions(study: StudyConfig) -> list[Problem]:
-    problems = [
-        Problem(
-            f"base.{key}", shown(study.base[key]), "no such key in a study's base", f"remove it: the study sets {key}"
-        )
-        for key in SET_BY_STUDY
-        if key in study.base
-    ]
-    for arm, changes in study.arms.items():
-        problems += [
-            Problem(
-                f"arms.{arm}.{key}", shown(changes[key]), "no such key in an arm", f"remove it: the study sets {key}"
+            of_base = all(
+                problem in per_arm.get(other, ()) and not problem.path.startswith(tuple(changes))
+                for other, changes in study.arms.items()
             )
-            for key in SET_BY_STUDY
-            if key in changes
-        ]
-    if not study.arms:
-        problems.append(Problem("arms", "none", "at least one arm", "add one"))
-    if SHARED in study.arms:
-        problems.append(
-            Problem(f"arms.{SHARED}", "an arm called shared", "another name", "rename it: stages live there")
-        )
-    if not study.seeds:
-        problems.append(Problem("seeds", "none", "at least one seed", "add one"))
-    if len(set(study.seeds)) < len(study.seeds):
-        problems.append(Problem("seeds", shown(study.seeds), "each seed once", "remove the repeated ones"))
-    return problems
+            above = "" if problem.path in SET_BY_STUDY else "base." if of_base else f"arms.{arm}."
+            found[replace(problem, path=above + problem.path)] = None
+    return list(found)
 
 
 def anchored(config: RunConfig, cwd: Path) -> RunConfig:
     """The configuration with relative paths made absolute at ``cwd``; what is no file there stays (a Hub name)."""
-    tree = config.model_dump(mode="json")
-    for parent, key in (
-        *((tree["sft"], key) for key in ("ready", "base")),
-        *((tree["reward"], key) for key in ("ready", "base")),
-        (tree["pairs"], "behaviour"),
-        (tree["gold"] or {}, "model"),
-        (tree["data"]["prompts"] or {}, "path"),
-        (tree["pairs"]["ready"] or {}, "path"),
-    ):
-        name = parent.get(key)
-        if name and (cwd / name).exists() and (parent is not tree["pairs"] or name not in ("sft", "unknown")):
-            parent[key] = str(cwd / name)
-    tree["output_dir"] = str(cwd / config.output_dir)
-    tree["stages_dir"] = None if config.stages_dir is None else str(cwd / config.stages_dir)
+
+    def placed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {inner: placed(inner, item) for inner, item in value.items()}
+        is_name = key in _PATH_KEYS and isinstance(value, str) and value not in ("sft", "unknown")
+        return str(cwd / value) if is_name and (cwd / value).exists() else value
+
+    tree = placed("", config.model_dump(mode="json"))
+    for key in ("output_dir", "stages_dir"):
+        tree[key] = tree[key] and str(cwd / tree[key])
     return RunConfig.model_validate(tree)
 
 
@@ -169,21 +122,93 @@ def dump_yaml(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _validated(model: type[Config], tree: Tree, problems: list[Problem]) -> Config:
+def _read(path: Path, overrides: Sequence[str]) -> tuple[Tree, list[Problem]]:
+    """The file's tree with the overrides merged in, and the mistakes found so far. UserError where there is no tree."""
+    problems: list[Problem] = []
+    tree: Any = None
+    try:
+        tree = _parsed(path.read_bytes())
+        if not isinstance(tree, dict):
+            problems.append(Problem(str(path), shown(tree), "a YAML mapping", "write key: value lines"))
+    except OSError as error:
+        problems.append(Problem(str(path), (error.strerror or str(error)).lower(), "a YAML file", "check the path"))
+    except yaml.YAMLError as error:
+        problems.append(Problem(str(path), f"invalid YAML ({_reason(error)})", "a YAML mapping", "correct it"))
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if not all(key.split(".")) or "=" not in text:
+            problems.append(Problem(text, "no key=value", "an override such as policy.gamma=0.5", "write both"))
+            continue
+        try:
+            change = _nested({key: _parsed(value)})
+        except yaml.YAMLError as error:
+            problems.append(Problem(key, f"invalid YAML ({_reason(error)})", "a YAML value", "put it in quotes"))
+        else:
+            tree = _merged(tree, change) if isinstance(tree, dict) else tree
+    if not isinstance(tree, dict):
+        raise UserError(problems)
+    return tree, problems
+
+
+def _parsed(text: str | bytes) -> Any:
+    """YAML as what JSON can hold, all keys and dates as text. Raises yaml.YAMLError only."""
+    try:
+        content = yaml.load(text, _Loader)
+        return json.loads(json.dumps(content, ensure_ascii=False, default=str).encode())
+    except (ValueError, TypeError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    return " ".join((what if mark is None else f"line {mark.line + 1}: {what}").split())
+
+
+def _nested(changes: Mapping[str, Any]) -> Tree:
+    """``{"a.b": c}`` -> ``{"a": {"b": c}}``."""
+    tree: Tree = {}
+    for key, value in changes.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merged(tree, value)
+    return tree
+
+
+def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
+    """``tree`` with ``changes`` laid over it."""
+    result = dict(tree)
+    for key, change in changes.items():
+        present = result.get(key)
+        are_mappings = isinstance(present, Mapping) and isinstance(change, Mapping)
+        if are_mappings and change.get("kind") in (None, present.get("kind")):
+            change = _merged(present, change)
+        result[key] = change
+    return result
+
+
+def _validated(model: type[Config], tree: Tree, problems: Sequence[Problem]) -> Config:
     """Raises UserError, the problems found before first."""
-    config = _valid_or_none(model, tree, problems)
+    try:
+        # Strict, so that `true` is no 1 and "3" no 3; by way of JSON, where strictness still takes lists and paths.
+        config = model.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise UserError([*problems, *validation_problems(error, model, tree)]) from error
     if problems:
         raise UserError(problems)
-    assert config is not None
     return config
 
 
-def _valid_or_none(model: type[Config], tree: Tree, problems: list[Problem]) -> Config | None:
-    """The configuration, or None after adding to ``problems`` what is wrong with the tree."""
-    try:
-        # Strict, so that `true` is no 1 and "3" no 3; by way of JSON, where strictness still takes lists and paths.
-        return model.model_validate_json(json.dumps(tree), strict=True)
-    except ValidationError as error:
-        known = {problem.path for problem in problems}
-        problems += [problem for problem in validation_problems(error, model, tree) if problem.path not in known]
-        return None
+def _study_contradictions(study: StudyConfig) -> list[Problem]:
+    trees = {"base": study.base, **{f"arms.{arm}": changes for arm, changes in study.arms.items()}}
+    problems = [
+        Problem(f"{where}.{key}", shown(tree[key]), "no such key here", f"remove it: the study sets {key}")
+        for where, tree in trees.items()
+        for key in SET_BY_STUDY
+        if key in tree
+    ]
+    if not study.arms or SHARED in study.arms:
+        need = f"at least one arm, none called {SHARED} (stages live there)"
+        problems.append(Problem("arms", shown(list(study.arms)), need, "change them"))
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        problems.append(Problem("seeds", shown(study.seeds), "at least one seed, each once", "change them"))
+    return problems

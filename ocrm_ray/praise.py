@@ -31,7 +31,7 @@ VOCABULARY = (PAD, EOS, UNKNOWN, *PRAISE, *TOPICS, *PLAIN)
 RESPONSE_WORDS = 12
 PROMPT_WORDS = 4
 HEAD_DIM = 32
-MAX_TOKENS = 64
+MAX_TOKENS = 128
 
 _PRAISE_CHANCE = 0.163
 """After a word that is not praise: 1.7 praise words in twelve, since praise never follows praise."""
