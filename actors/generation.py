@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.vllm_worker import no_queue_left
 from ocrm_ray.config import GenerationPool
 from ocrm_ray.errors import ActorDiedError, RunError
 from ocrm_ray.records import FloatArray, GenerationRequest, PolicyWeights, PublishReport, Sample, Sequence
@@ -66,6 +67,7 @@ class GenerationActor:
         self._trust_remote_code = trust_remote_code
         self._worker_extension = worker_extension
         self._engine: Any = None
+        self._engine_pid = 0
         self._running: dict[str, asyncio.Task[None]] = {}
         self._finished: asyncio.Queue[tuple[str, tuple[Sample, ...] | Exception]] = asyncio.Queue()
         self._score_ids = itertools.count()
@@ -79,7 +81,7 @@ class GenerationActor:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._engine = AsyncLLM.from_engine_args(self._engine_args())
-        await self._engine.collective_rpc("watch_owner", args=(os.getpid(),))
+        self._engine_pid = (await self._engine.collective_rpc("watch_owner", args=(os.getpid(),)))[0]
         await self._engine.update_weight_version("0")
         await self.score([Sequence(prompt_ids=(0,), response_ids=(0, 0), has_eos=False)])
 
@@ -141,7 +143,8 @@ class GenerationActor:
         """Drop what is running and end the engine's processes."""
         await _cancel(self._running.values())
         if self._engine is not None:
-            self._engine.shutdown(timeout=SHUTDOWN_GRACE_S)
+            with no_queue_left(self._engine_pid):
+                self._engine.shutdown(timeout=SHUTDOWN_GRACE_S)
             self._engine = None
 
     def _engine_args(self) -> Any:

@@ -1,9 +1,11 @@
 """What runs inside vLLM's worker processes: taking published weights, and ending when their owner is gone."""
 
+import contextlib
 import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,8 @@ class WeightReceiver:
             self._refuse_missing_head(path, names)
             self.model_runner.reload_weights(weights_iterator=((name, weights.get_tensor(name)) for name in names))
 
-    def watch_owner(self, owner_pid: int) -> None:
-        """From now on end this worker and its engine as soon as the process ``owner_pid`` is gone.
+    def watch_owner(self, owner_pid: int) -> int:
+        """From now on end this worker and its engine as soon as the process ``owner_pid`` is gone; the engine's pid.
 
         vLLM's own processes outlive an owner that was killed with SIGKILL. The owner must be an ancestor.
         """
@@ -44,6 +46,7 @@ class WeightReceiver:
             raise ValueError(f"owner_pid: process {owner_pid} is not an ancestor of worker {os.getpid()}")
         engine = ancestors[pids.index(owner_pid) - 1]
         threading.Thread(target=_end_without_owner, args=(engine, owner_pid), daemon=True).start()
+        return engine.pid
 
     def _refuse_missing_head(self, path: str, names: list[str]) -> None:
         model = self.model_runner.get_model()
@@ -62,16 +65,30 @@ def _end_without_owner(engine: psutil.Process, owner_pid: int) -> None:
     try:
         while engine.ppid() == owner_pid:
             time.sleep(OWNER_POLL_S)
-        segments = _queue_segments(engine) | _queue_segments(psutil.Process())
-        engine.kill()
-        for path in segments:
-            path.unlink(missing_ok=True)
+        with no_queue_left(engine.pid):
+            engine.kill()
     except psutil.NoSuchProcess:
         pass
     os._exit(1)
 
 
-def _queue_segments(process: psutil.Process) -> set[Path]:
-    """The shared memory of vLLM's queues and locks, named by Python; killed processes leave it behind."""
-    mapped = {Path(region.path) for region in process.memory_maps()}
+@contextlib.contextmanager
+def no_queue_left(engine_pid: int) -> Iterator[None]:
+    """Delete the shared memory of the queues between an engine and its workers; the body ends these processes.
+
+    Python's resource tracker does it as well, unless it is killed with the rest, as Ray does with an actor's children.
+    """
+    segments = _queue_segments(engine_pid)
+    yield
+    for path in segments:
+        path.unlink(missing_ok=True)
+
+
+def _queue_segments(engine_pid: int) -> set[Path]:
+    """Mapped files of /dev/shm with the names that Python gives to shared memory and to semaphores."""
+    mapped: set[Path] = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        engine = psutil.Process(engine_pid)
+        for process in (engine, *engine.children(recursive=True)):
+            mapped |= {Path(region.path) for region in process.memory_maps()}
     return {path for path in mapped if path.parent == SHARED_MEMORY and path.name.startswith(("psm_", "sem."))}

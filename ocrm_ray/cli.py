@@ -27,11 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else MISTAKE
-    command: Callable[[argparse.Namespace], int] = arguments.command
-    try:
+        command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
+    except SystemExit as stop:  # of argparse
+        return stop.code if isinstance(stop.code, int) else MISTAKE
     except UserError as error:
         _say(str(error))
         return MISTAKE
@@ -74,19 +73,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from ocrm_ray.config import StudyConfig
     from ocrm_ray.config_file import load_any
-    from ocrm_ray.overview import show_run, show_study
+    from ocrm_ray.overview import show
 
     config = load_any(arguments.config, arguments.overrides)
-    _refuse(_problems(config))
-    console = Console()
-    if isinstance(config, StudyConfig):
-        show_study(console, config)
-    else:
-        show_run(console, config)
+    _refuse(config)
+    show(config)
     return DONE
 
 
@@ -95,33 +87,22 @@ def _run(arguments: argparse.Namespace) -> int:
     from ocrm_ray.inspection import occupied
 
     config = load_run_config(arguments.config, arguments.overrides)
-    problems = _problems(config)
-    if not arguments.resume and all(problem.path != "name" for problem in problems):
-        problems += occupied(config)
-    _refuse(problems)
-
-    def launch() -> None:
-        from actors.launcher import run
-
-        run(anchored(config, Path.cwd()), resume=arguments.resume)
+    _refuse(config, [] if arguments.resume else occupied(config))
+    from actors.launcher import run
 
     again = ["run", str(arguments.config), "--resume", *arguments.overrides]
-    return _guarded(launch, config.run_dir, again)
+    return _guarded(lambda: run(anchored(config, Path.cwd()), arguments.resume), config.run_dir, again)
 
 
 def _study(arguments: argparse.Namespace) -> int:
     from ocrm_ray.config_file import load_study_config
 
     study = load_study_config(arguments.config, arguments.overrides)
-    _refuse(_problems(study))
-
-    def launch() -> None:
-        from actors.launcher import run_study
-
-        run_study(study)
+    _refuse(study)
+    from actors.launcher import run_study
 
     again = ["study", str(arguments.config), *arguments.overrides]
-    return _guarded(launch, study.output_dir / study.name / "ARM" / "seed-N", again)
+    return _guarded(lambda: run_study(study), study.output_dir / study.name / "ARM" / "seed-N", again)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -131,8 +112,6 @@ def _report(arguments: argparse.Namespace) -> int:
     from ocrm_ray.study_report import write_study
 
     folder: Path = arguments.run_dir
-    if not folder.is_dir():
-        raise UserError([Problem(str(folder), "no folder", "a run folder", "correct the path")])
     if (folder / "study.json").is_file():
         study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
         page = write_study(folder, list(study["arms"]), study["seeds"])
@@ -142,21 +121,20 @@ def _report(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _problems(config: "RunConfig | StudyConfig") -> list[Problem]:
+def _refuse(config: "RunConfig | StudyConfig", more: Sequence[Problem] = ()) -> None:
+    """Raises UserError with all that ``check`` finds, and ``more``."""
     from ocrm_ray.checks import contradictions, inspect, study_problems
     from ocrm_ray.config import StudyConfig
 
     if isinstance(config, StudyConfig):
-        return study_problems(config)
-    return [*contradictions(config), *inspect(config)]
-
-
-def _refuse(problems: Sequence[Problem]) -> None:
+        problems = study_problems(config)
+    else:
+        problems = [*contradictions(config), *inspect(config), *more]
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
 
 
-def _guarded(launch: Callable[[], None], folder: Path, again: Sequence[str]) -> int:
+def _guarded(launch: Callable[[], object], folder: Path, again: Sequence[str]) -> int:
     """Launch; a failure is told as its cause, where the logs are, how to resume."""
     resume = f"resume: {shlex.join(['ocrm-ray', *again])}"
     try:
@@ -166,22 +144,19 @@ def _guarded(launch: Callable[[], None], folder: Path, again: Sequence[str]) -> 
     except KeyboardInterrupt:
         _say("interrupted", resume)
         return INTERRUPTED
-    except RunError as error:
-        _say(f"error: {error}", *_logs(folder), resume)
-        return FAILED
     except Exception as error:
-        _say(f"error: {type(error).__name__}: {error}", *_logs(folder), resume, "", traceback.format_exc().rstrip())
+        is_known = isinstance(error, RunError)
+        ray_folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()) / "ray"
+        _say(
+            f"error: {error}" if is_known else f"error: {type(error).__name__}: {error}",
+            f"run folder: {folder}",
+            f"events: {folder / 'events.jsonl'}",
+            f"logs of the processes: {ray_folder / 'session_latest' / 'logs'}",
+            resume,
+            *([] if is_known else ["", traceback.format_exc().rstrip()]),
+        )
         return FAILED
     return DONE
-
-
-def _logs(folder: Path) -> list[str]:
-    ray_folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()) / "ray"
-    return [
-        f"run folder: {folder}",
-        f"events: {folder / 'events.jsonl'}",
-        f"logs of the processes: {ray_folder / 'session_latest' / 'logs'}",
-    ]
 
 
 def _say(*lines: str) -> None:

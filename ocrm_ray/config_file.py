@@ -42,9 +42,13 @@ def load_any(path: Path, overrides: Sequence[str]) -> RunConfig | StudyConfig:
     if "arms" not in tree:
         return _validated(RunConfig, tree, problems)
     study = _validated(StudyConfig, tree, problems)
-    if problems := _study_contradictions(study):
+    problems = _study_contradictions(study)
+    try:
+        study_runs(study)
+    except UserError as error:
+        problems += error.problems
+    if problems:
         raise UserError(problems)
-    study_runs(study)
     return study
 
 
@@ -89,7 +93,7 @@ def study_runs(study: StudyConfig, *, cwd: Path | None = None) -> list[tuple[str
 
 
 def arm_problems(study: StudyConfig, per_arm: Mapping[str, Sequence[Problem]]) -> list[Problem]:
-    """Problems of runs as problems of their study: of ``base`` where all arms have and none sets it, else of the arm."""
+    """Problems of runs as problems of their study: of ``base`` where all arms have and no arm sets it."""
     found: dict[Problem, None] = {}
     for arm, problems in per_arm.items():
         for problem in problems:
@@ -137,7 +141,7 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Tree, list[Problem]]:
     for text in overrides:
         key, _, value = text.partition("=")
         if not all(key.split(".")) or "=" not in text:
-            problems.append(Problem(text, "no key=value", "an override such as policy.gamma=0.5", "write both"))
+            problems.append(Problem(text, "no override", "key=value, such as policy.gamma=0.5", "write both"))
             continue
         try:
             change = _nested({key: _parsed(value)})
@@ -179,10 +183,10 @@ def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
     result = dict(tree)
     for key, change in changes.items():
         present = result.get(key)
-        are_mappings = isinstance(present, Mapping) and isinstance(change, Mapping)
-        if are_mappings and change.get("kind") in (None, present.get("kind")):
-            change = _merged(present, change)
-        result[key] = change
+        if isinstance(present, dict) and isinstance(change, dict) and change.get("kind") in (None, present.get("kind")):
+            result[key] = _merged(present, change)
+        else:
+            result[key] = change
     return result
 
 

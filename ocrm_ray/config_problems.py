@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from ocrm_ray.errors import Problem
 
@@ -18,7 +17,9 @@ _NEEDS = {
     "dict_type": "a mapping",
     "tuple_type": "a list",
     "string_type": "text",
-    "path_type": "a path",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
     "string_pattern_mismatch": "letters, digits, dots, dashes and underscores, a letter or digit first",
 }
 """By the kind of error, where pydantic's own words are those of Python."""
@@ -42,7 +43,7 @@ def known_keys(annotation: object, above: str = "") -> Iterator[tuple[str, objec
 
 def validation_problems(error: ValidationError, model: type[BaseModel], tree: Mapping[str, Any]) -> list[Problem]:
     """One problem a mistake; where a union refused a mapping, only what is wrong inside of it is told."""
-    found: dict[str, list[ErrorDetails]] = {}
+    found: dict[str, list[Any]] = {}
     for entry in error.errors(include_url=False):
         found.setdefault(_path(entry, tree), []).append(entry)
     known = list(known_keys(model))
@@ -53,19 +54,20 @@ def validation_problems(error: ValidationError, model: type[BaseModel], tree: Ma
     ]
 
 
-def _path(entry: ErrorDetails, tree: Any) -> str:
+def _path(entry: Any, tree: Any) -> str:
     """The dotted path that the user typed: pydantic's location also names branches of unions."""
     parts = []
     for part in entry["loc"]:
-        if part in tree if isinstance(tree, Mapping) else isinstance(tree, list) and isinstance(part, int):
+        inside = tree if isinstance(tree, Mapping) else dict(enumerate(tree)) if isinstance(tree, list) else {}
+        if part in inside:
             parts.append(str(part))
-            tree = tree[part]
+            tree = inside[part]
     if entry["type"] == "missing":
         parts.append(str(entry["loc"][-1]))
     return ".".join([*parts, "kind"] if entry["type"].startswith("union_tag") else parts)
 
 
-def _problem(path: str, entries: Sequence[ErrorDetails], known: Sequence[tuple[str, object]]) -> Problem:
+def _problem(path: str, entries: Sequence[Any], known: Sequence[tuple[str, object]]) -> Problem:
     kind, value = entries[0]["type"], entries[0]["input"]
     if kind == "extra_forbidden":
         return _unknown_key(path, [name for name, _ in known])
@@ -76,23 +78,20 @@ def _problem(path: str, entries: Sequence[ErrorDetails], known: Sequence[tuple[s
         need = " or ".join(dict.fromkeys(_need(entry) for entry in entries))
     if kind in ("missing", "union_tag_not_found"):
         return Problem(path, "nothing", need, "add it")
-    wants_quotes = kind in ("string_type", "path_type") and isinstance(value, int | float)
+    wants_quotes = kind == "string_type" and isinstance(value, int | float)
     return Problem(path, shown(value), need, "write it in quotes" if wants_quotes else "change it")
 
 
-def _need(entry: ErrorDetails) -> str:
+def _need(entry: Any) -> str:
     bound = "a number " if entry["type"].startswith(("greater_than", "less_than")) else ""
-    return _NEEDS.get(entry["type"]) or bound + entry["msg"].removeprefix("Input should be ").replace("a valid", "a")
+    return _NEEDS.get(entry["type"]) or bound + entry["msg"].removeprefix("Input should be ")
 
 
 def _unknown_key(path: str, known: Sequence[str]) -> Problem:
     above, _, key = path.rpartition(".")
     siblings = {leaf: name for name in known for parent, _, leaf in [name.rpartition(".")] if parent == above}
     by_initials = [name for name in siblings if key == "".join(word[0] for word in name.split("_"))]
-    near = [siblings[name] for name in difflib.get_close_matches(key, siblings, 1) or by_initials[:1]]
-    if not near:
-        anywhere = {name.rpartition(".")[2]: name for name in reversed(known)}
-        near = [anywhere[name] for name in difflib.get_close_matches(key, anywhere, 1, 0.8)]
-    if near:
-        return Problem(path, "an unknown key", near[0], "correct the key")
+    leaves = {name.rpartition(".")[2]: name for name in reversed(known)} | siblings
+    if near := by_initials or difflib.get_close_matches(key, leaves, 1):
+        return Problem(path, "an unknown key", leaves[near[0]], "correct the key")
     return Problem(path, "an unknown key", f"one of {', '.join(siblings)}", "remove it or choose one of these")

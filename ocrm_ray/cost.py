@@ -16,7 +16,7 @@ from ocrm_ray import praise
 from ocrm_ray.config import Dtype, Pool, RunConfig
 from ocrm_ray.machine import DTYPE_BYTES, NetworkSizes, pools_by_name
 from ocrm_ray.progress import duration_text
-from ocrm_ray.run_files import Run, correction_windows, read_run
+from ocrm_ray.run_files import correction_windows, read_run
 
 UTILISATION = 0.4
 CPU_OPERATIONS_PER_S: Mapping[Dtype, float] = {"float32": 50e9, "bfloat16": 200e9}
@@ -26,6 +26,11 @@ DECODE_S = 0.01
 PUBLISH_BYTES_PER_S = 0.2e9
 """Saving, loading and repacking one copy of the weights."""
 REQUEST_S = 0.05
+_ASSUMED = (
+    f"assumed {UTILISATION:.0%} of {' or '.join(f'{rate / 1e9:g}' for rate in CPU_OPERATIONS_PER_S.values())} GFLOP/s "
+    f"a core and {' or '.join(f'{rate / 1e12:g}' for rate in GPU_OPERATIONS_PER_S.values())} TFLOP/s a GPU "
+    "(float32 or bfloat16), prompts and responses at their longest"
+)
 _REMEDY = "lower correction.num_pairs, or give pools.scoring (ratios) and pools.reward (refit) more threads or GPUs"
 
 
@@ -49,24 +54,22 @@ def measured_cost(config: RunConfig) -> StepCost | None:
     if not steps:
         return None
     stages = {stage: fmean(row["stage_s"].get(stage) or 0.0 for row in steps) for stage in steps[0]["stage_s"]}
-    ratio_s, refit_s = _measured_correction(run)
+    # A refit without importance weights is never scored.
+    times = [
+        (scored_s - window.started_s, window.refitted_s - scored_s)
+        for window in correction_windows(run)
+        for scored_s in [window.scored_s or window.started_s]
+        if window.refitted_s is not None
+    ]
+    ratio_s, refit_s = map(fmean, zip(*times, strict=True)) if times else (None, None)
     source = f"measured over {len(steps)} steps in {config.run_dir}"
     return StepCost(source, stages, fmean(row["step_s"] for row in steps), ratio_s, refit_s)
-
-
-def _measured_correction(run: Run) -> tuple[float | None, float | None]:
-    refits = [window for window in correction_windows(run) if window.refitted_s is not None]
-    if not refits:
-        return None, None
-    ratio_s = fmean((window.scored_s or window.started_s) - window.started_s for window in refits)
-    refit_s = fmean((window.refitted_s or 0.0) - (window.scored_s or window.started_s) for window in refits)
-    return ratio_s, refit_s
 
 
 def predicted_cost(config: RunConfig, sizes: NetworkSizes) -> StepCost:
     """From operation counts; the module's text has the assumptions."""
     pools, policy, rollout = config.pools, config.policy, config.rollout
-    length = _longest(config)
+    length = rollout.max_new_tokens + (config.data.max_prompt_tokens if config.world is None else praise.PROMPT_WORDS)
     num_samples = rollout.prompts_per_step * rollout.samples_per_prompt
     forward = 2.0 * sizes.policy * num_samples * length
     reward_forward = 2.0 * sizes.reward * num_samples * length
@@ -93,26 +96,7 @@ def predicted_cost(config: RunConfig, sizes: NetworkSizes) -> StepCost:
     else:
         step_s = max(stages["generate"], stages["score"], stages["train"] + stages["publish"], _cores_s(config, work))
     ratio_s, refit_s = _correction_s(config, sizes, length)
-    return StepCost(_assumptions(config), stages, step_s, ratio_s, refit_s)
-
-
-def _assumptions(config: RunConfig) -> str:
-    pools = pools_by_name(config).values()
-    rates = [
-        f"{CPU_OPERATIONS_PER_S[dtype] / 1e9:g} GFLOP/s a core in {dtype}"
-        for dtype in CPU_OPERATIONS_PER_S
-        if any(pool.dtype == dtype and not pool.gpus_per_actor for pool in pools)
-    ] + [
-        f"{GPU_OPERATIONS_PER_S[dtype] / 1e12:g} TFLOP/s a GPU in {dtype}"
-        for dtype in GPU_OPERATIONS_PER_S
-        if any(pool.dtype == dtype and pool.gpus_per_actor for pool in pools)
-    ]
-    return f"assumed {UTILISATION:.0%} of {', '.join(rates)}, prompts and responses at their longest"
-
-
-def _longest(config: RunConfig) -> int:
-    prompt = config.data.max_prompt_tokens if config.world is None else praise.PROMPT_WORDS
-    return prompt + config.rollout.max_new_tokens
+    return StepCost(_ASSUMED, stages, step_s, ratio_s, refit_s)
 
 
 def _speed(pool: Pool) -> float:
@@ -162,21 +146,18 @@ def _correction_line(config: RunConfig, cost: StepCost) -> str:
         return "none, the reward model stays as it is"
     if cost.ratio_s is None or cost.refit_s is None:
         return "not predicted, the number of pairs is not known (set correction.num_pairs)"
-    needed, window = cost.ratio_s + cost.refit_s, correction.every * cost.step_s
+    needed = cost.ratio_s + cost.refit_s
     parts = f"ratios {_seconds(cost.ratio_s)} + refit {_seconds(cost.refit_s)}"
     if correction.schedule == "blocking":
         return f"{parts}, for which the run stops every {correction.every} updates (schedule blocking)"
-    condition = f"{correction.every} steps of {_seconds(cost.step_s)} = {_seconds(window)}"
-    bound = correction.promote_after or correction.max_lag
-    if bound is not None and needed > bound * cost.step_s:
-        wait = needed - bound * cost.step_s
-        return (
-            f"{parts} > {bound} steps of {_seconds(cost.step_s)}: training waits {_seconds(wait)} for each; {_REMEDY}"
-        )
-    if needed <= window:
-        return f"{parts} <= {condition}: they keep up and nothing waits"
-    every = math.ceil(needed / cost.step_s)
-    return f"{parts} > {condition}: they fall behind; set correction.every to {every} or more, or {_REMEDY}"
+    bounds = {"promote_after": correction.promote_after, "max_lag": correction.max_lag, "every": correction.every}
+    bound, key = min((bound, key) for key, bound in bounds.items() if bound is not None)
+    window = f"{bound} steps of {_seconds(cost.step_s)} = {_seconds(bound * cost.step_s)}"
+    if needed <= bound * cost.step_s:
+        return f"{parts} <= {window}: they keep up and nothing waits"
+    waits = f"training waits {_seconds(needed - bound * cost.step_s)} for each"
+    result = "they fall behind" if key == "every" else waits
+    return f"{parts} > {window}: {result}; set correction.{key} to {math.ceil(needed / cost.step_s)}, or {_REMEDY}"
 
 
 def _seconds(seconds: float) -> str:

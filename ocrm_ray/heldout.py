@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 from ocrm_ray.config import RunConfig
 from ocrm_ray.metered import MeteredPools
-from ocrm_ray.metrics import RunLog, SampleRecord
+from ocrm_ray.metrics import RunLog
 from ocrm_ray.records import EvaluationReport, GenerationRequest, PolicyWeights, Prompt, Sample
 
 
@@ -85,7 +85,7 @@ class HeldoutPolicy:
             step, samples, [proxy[a:b] for a, b in bounds], [sft[a:b] for a, b in bounds]
         )
         self._log.evaluation(report)
-        self._log.samples(SampleRecord(**row) for row in rows)
+        self._log.samples(rows)
         if weights is not None:
             await self._keep_best(report, weights)
 

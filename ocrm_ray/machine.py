@@ -1,4 +1,4 @@
-"""What this machine has, and what a configuration asks of it. Torch-free: nothing is loaded to find out.
+"""What this machine has, and what a configuration asks of it.
 
 Memory of a network of P parameters in a pool of dtype d (4 bytes for float32, 2 for bfloat16), on CPU pools:
 training 16 P (weights, gradients and two Adam moments in float32; the same in bfloat16 with a float32 master copy),
@@ -9,11 +9,8 @@ three times in float32. With ``gpus_per_actor`` only the processes count.
 """
 
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ocrm_ray.config import Dtype, Pool, RunConfig
 from ocrm_ray.errors import Problem
@@ -24,7 +21,6 @@ ACTOR_GIB = 0.5
 RAY_GIB = 0.5
 TRAINING_BYTES = 16
 DTYPE_BYTES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2}
-_NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 @dataclass(frozen=True)
@@ -39,59 +35,39 @@ class NetworkSizes:
 
 def pools_by_name(config: RunConfig) -> dict[str, Pool]:
     """The four pools and the evaluation actor."""
-    pools = config.pools
-    return {name: getattr(pools, name) for name in type(pools).model_fields}
-
-
-def num_gpus() -> int:
-    """GPUs that processes started here can see."""
-    if _NVIDIA.is_dir():
-        found = len(list(_NVIDIA.iterdir()))
-    elif command := shutil.which("nvidia-smi"):
-        listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=30, check=False)
-        found = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
-    else:
-        found = 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return found
-    return min(found, sum(bool(device) and device != "-1" for device in visible.replace(" ", "").split(",")))
+    return dict(config.pools)
 
 
 def machine_problems(config: RunConfig, sizes: NetworkSizes | None) -> list[Problem]:
     """What the pools ask beyond this machine; nothing where ``RAY_ADDRESS`` names a cluster, whose size is its own."""
+    import psutil
+
     if os.environ.get("RAY_ADDRESS"):
         return []
     pools = pools_by_name(config)
-    problems = []
     cpus = {name: pool.num_actors * pool.cpus_per_actor for name, pool in pools.items()}
-    num_cpus = os.cpu_count() or 1
-    if sum(cpus.values()) > num_cpus:
-        do = "lower cpus_per_actor or num_actors, or set RAY_ADDRESS to a cluster"
-        problems.append(Problem("pools", _total(cpus, "CPUs"), f"at most {num_cpus} (this machine's)", do))
     gpus = {name: pool.num_actors * pool.gpus_per_actor for name, pool in pools.items() if pool.gpus_per_actor}
-    if gpus and sum(gpus.values()) > (found := num_gpus()):
-        do = "lower gpus_per_actor or num_actors, or set RAY_ADDRESS to a cluster"
-        problems.append(Problem("pools", _total(gpus, "GPUs"), f"at most {found} (this machine's)", do))
-    if sizes is not None:
-        import psutil
-
-        memory = memory_gib(config, sizes)
-        available = psutil.virtual_memory().total / GIB
-        if sum(memory.values()) > available:
-            do = "use smaller models, bfloat16, fewer actors, a smaller micro_batch_size or kv_cache_gib"
-            got = "about " + _total({name: round(amount, 1) for name, amount in memory.items()}, "GiB of memory")
-            problems.append(Problem("pools", got, f"at most {available:.1f} GiB (this machine's)", do))
+    memory = {} if sizes is None else memory_gib(config, sizes)
+    smaller = "use smaller models, bfloat16, fewer actors, a smaller micro_batch_size or kv_cache_gib"
+    demands: list[tuple[str, Mapping[str, float], float, str]] = [
+        ("CPUs", cpus, os.cpu_count() or 1, "lower cpus_per_actor or num_actors, or set RAY_ADDRESS to a cluster"),
+        ("GPUs", gpus, num_gpus() if gpus else 0, "lower gpus_per_actor, or set RAY_ADDRESS to a cluster"),
+        ("GiB of memory", memory, psutil.virtual_memory().total / GIB, smaller),
+    ]
+    problems = []
+    for unit, asked, available, do in demands:
+        if sum(asked.values()) > available:
+            shares = ", ".join(f"{name} {round(amount, 2):g}" for name, amount in asked.items())
+            got = f"{round(sum(asked.values()), 2):g} {unit} ({shares})"
+            problems.append(Problem("pools", got, f"at most {round(available, 2):g} (this machine's)", do))
     return problems
 
 
-def _total(parts: Mapping[str, float], unit: str) -> str:
-    shares = ", ".join(f"{name} {_short(amount)}" for name, amount in parts.items())
-    return f"{_short(sum(parts.values()))} {unit} ({shares})"
+def num_gpus() -> int:
+    """GPUs that processes started here can see."""
+    import torch
 
-
-def _short(amount: float) -> str:
-    return f"{amount:.2f}".rstrip("0").rstrip(".")
+    return torch.cuda.device_count()
 
 
 def memory_gib(config: RunConfig, sizes: NetworkSizes) -> dict[str, float]:

@@ -7,11 +7,11 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from ocrm_ray.run_files import JsonlWriter, Row, read_jsonl, rewound
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-T = TypeVar("T")
 STAGES = ("generate", "score", "train", "publish")
 POOLS = ("generation", "policy", "scoring", "reward")
+EVALUATED = ("proxy_mean", "gold_mean", "gold_se", "gold_win_rate", "rm_accuracy", "kl_sft", "response_tokens_mean")
+"""What a line has of its evaluation; as ``eval_...`` where the step measures the same."""
 NUM_PEAK_EVALUATIONS = 3
 
 
@@ -31,8 +32,7 @@ NUM_PEAK_EVALUATIONS = 3
 class StepRecord:
     """One policy update; numbers of an update are None in the line of step 0, before the first.
 
-    Times in seconds, KL in nats a response, ``*_share`` in [0, 1]. ``rollout_version_min``: policy version of the
-    oldest token trained on; ``logprob_gap``: mean absolute difference of trainer and sampler, nats a token.
+    Times in seconds, KL in nats a response; counts are those of this step.
     """
 
     step: int
@@ -41,12 +41,14 @@ class StepRecord:
     reward_version: int
     anchor_version: int
     rollout_version_min: int | None = None
+    """Policy version of the oldest token trained on."""
     reward_mean: float | None = None
     kl_sft: float | None = None
     kl_anchor: float | None = None
     rollout_tokens: int | None = None
     step_s: float | None = None
     logprob_gap: float | None = None
+    """Mean absolute difference of trainer and sampler, nats a token."""
     stage_s: Mapping[str, float] | None = None
     """Seconds of each of ``STAGES``."""
     idle_share: Mapping[str, float] | None = None
@@ -63,31 +65,11 @@ class StepRecord:
     correction_wait_s: float | None = None
     straggler_wait_s: float | None = None
     num_reissued: int | None = None
-    """Rollouts aborted at the staleness bound and issued again, in this step."""
+    """Rollouts aborted at the staleness bound and issued again."""
     num_rescored_late: int | None = None
-    """Rollouts whose scores a promotion made stale and that were scored again on the critical path, in this step."""
+    """Rollouts whose scores a promotion made stale and that were scored again on the critical path."""
     num_deferred_corrections: int | None = None
-    """Corrections that fell due while one was in flight, in this step."""
-    publish_pause_s: float | None = None
-    """How long generation stood still for this step's publish."""
-    probe_gap: float | None = None
-    """Last probe of engine against trainer, nats a token."""
-
-    def __post_init__(self) -> None:
-        assert self.stage_s is None or set(self.stage_s) == set(STAGES), self.stage_s
-        assert self.idle_share is None or set(self.idle_share) == set(POOLS), self.idle_share
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleRecord:
-    """One evaluation sample for people to read; ``length`` in tokens, EOS included."""
-
-    step: int
-    prompt: str
-    response: str
-    proxy: float
-    gold: float | None
-    length: int
+    """Corrections that fell due while one was in flight."""
 
 
 class RunLog:
@@ -101,22 +83,18 @@ class RunLog:
         self._run_dir = run_dir
         self._clock = clock
         self._started = clock() - _last_time_s(run_dir)
-        self._metrics = JsonlWriter(run_dir / "metrics.jsonl")
-        self._events = JsonlWriter(run_dir / "events.jsonl")
-        self._samples = JsonlWriter(run_dir / "samples.jsonl")
+        self._metrics, self._events, self._samples = (
+            JsonlWriter(run_dir / name) for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl")
+        )
         self._waiting: deque[StepRecord] = deque()
-        self._held: set[int] = set()
-        self._evaluations: dict[int, EvaluationReport] = {}
+        self._evaluations: dict[int, EvaluationReport | None] = {}
         self._last_step = -1
-        self._last_written = -1
         self._board: SummaryWriter | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def elapsed_s(self) -> float:
@@ -131,62 +109,59 @@ class RunLog:
         self._write_ready()
 
     def hold(self, step: int) -> None:
-        """Announce that ``step`` will get an evaluation; call it before the step's line is written.
+        """Announce, before the step's own line, that ``step`` will get an evaluation.
 
         Step 0, before the first update, has no record of its own: holding it opens its line.
         """
-        assert step > self._last_written, f"the line of step {step} is already written"
-        self._open_untrained(step)
-        if step not in self._evaluations:
-            self._held.add(step)
+        assert step > self._last_step, f"step {step} was already recorded"
+        self._evaluations[step] = None
+        if step == 0:
+            time_s = round(self.elapsed_s(), 6)
+            self.step(StepRecord(step=0, time_s=time_s, policy_version=0, reward_version=0, anchor_version=0))
 
     def evaluation(self, report: EvaluationReport) -> None:
-        """Add an evaluation to its step's line."""
-        assert report.step > self._last_written, f"the line of step {report.step} is already written"
-        assert report.step not in self._evaluations, f"two evaluations of step {report.step}"
+        """Add an announced evaluation to its step's line."""
+        assert self._evaluations.get(report.step, report) is None, f"step {report.step} awaits no evaluation"
         self._evaluations[report.step] = report
-        self._open_untrained(report.step)
-        self._held.discard(report.step)
         self._write_ready()
 
     def event(self, name: str, **fields: object) -> None:
         self._events.write({"time_s": round(self.elapsed_s(), 6), "event": name, **fields})
 
-    def samples(self, records: Iterable[SampleRecord]) -> None:
-        for record in records:
-            self._samples.write(asdict(record))
+    def samples(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Evaluation samples for people to read: step, prompt, response, proxy, gold, length (tokens with EOS)."""
+        for row in rows:
+            self._samples.write(row)
 
     def close(self) -> None:
-        self._held.clear()
+        self._evaluations = {step: report for step, report in self._evaluations.items() if report is not None}
         self._write_ready()
-        for writer in (self._metrics, self._events, self._samples):
-            writer.close()
-        if self._board is not None:
-            self._board.close()
-
-    def _open_untrained(self, step: int) -> None:
-        if step == 0 and self._last_step < 0:
-            self._last_step = 0
-            time_s = round(self.elapsed_s(), 6)
-            self._waiting.append(
-                StepRecord(step=0, time_s=time_s, policy_version=0, reward_version=0, anchor_version=0)
-            )
+        for writer in (self._metrics, self._events, self._samples, self._board):
+            if writer is not None:
+                writer.close()
 
     def _write_ready(self) -> None:
-        while self._waiting and self._waiting[0].step not in self._held:
-            record = self._waiting.popleft()
-            line = asdict(record) | _evaluation_fields(self._evaluations.pop(record.step, None))
+        while self._waiting:
+            step = self._waiting[0].step
+            report = self._evaluations.get(step)
+            if report is None and step in self._evaluations:
+                return
+            line = asdict(self._waiting.popleft())
+            for name in EVALUATED:
+                line[f"eval_{name}" if name in line else name] = getattr(report, name) if report else None
+            self._evaluations.pop(step, None)
             self._metrics.write(line)
-            self._last_written = record.step
-            self._write_board(record.step, line)
+            self._write_board(step, line)
 
-    def _write_board(self, step: int, line: Mapping[str, object]) -> None:
+    def _write_board(self, step: int, line: Row) -> None:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step)
-        for tag, value in _scalars(line):
-            self._board.add_scalar(tag, value, step)
+        parts = {f"{key}/{part}": x for key in ("stage_s", "idle_share") for part, x in (line[key] or {}).items()}
+        for tag, value in (line | parts).items():
+            if isinstance(value, int | float | np.number) and math.isfinite(value):
+                self._board.add_scalar(tag, value, step)
         self._board.flush()
 
 
@@ -196,58 +171,32 @@ class BusyMeter:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._num_in_flight = 0
-        self._idle_since: float | None = clock()
-        self._window_start = clock()
         self._idle_s = 0.0
+        self._window_start = self._counted_until = clock()
 
-    @property
-    def num_in_flight(self) -> int:
-        return self._num_in_flight
-
-    def request(self) -> "_Request":
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[None]:
         """``async with meter.request():`` counts one request while the body runs."""
-        return _Request(self)
-
-    async def watch(self, awaitable: Awaitable[T]) -> T:
-        """Await, counted as one request."""
-        async with self.request():
-            return await awaitable
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
 
     def idle_share_since_last(self) -> float:
         """Share of the time since the last call (or the start) without a request; after no time, 1 if idle now."""
+        self._count(0)
+        total_s = self._counted_until - self._window_start
+        share = self._idle_s / total_s if total_s > 0 else float(self._num_in_flight == 0)
+        self._window_start, self._idle_s = self._counted_until, 0.0
+        return share
+
+    def _count(self, change: int) -> None:
         now = self._clock()
-        idle_s = self._idle_s + (now - self._idle_since if self._idle_since is not None else 0.0)
-        total_s = now - self._window_start
-        self._window_start, self._idle_s = now, 0.0
-        if self._idle_since is None:
-            return idle_s / total_s if total_s > 0 else 0.0
-        self._idle_since = now
-        return idle_s / total_s if total_s > 0 else 1.0
-
-    def _enter(self) -> None:
-        self._num_in_flight += 1
-        if self._idle_since is not None:
-            self._idle_s += self._clock() - self._idle_since
-            self._idle_since = None
-
-    def _leave(self) -> None:
-        self._num_in_flight -= 1
-        assert self._num_in_flight >= 0
         if self._num_in_flight == 0:
-            self._idle_since = self._clock()
-
-
-class _Request:
-    def __init__(self, meter: BusyMeter) -> None:
-        self._meter = meter
-
-    async def __aenter__(self) -> None:
-        self._meter._enter()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._meter._leave()
+            self._idle_s += now - self._counted_until
+        self._counted_until = now
+        self._num_in_flight += change
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
@@ -266,8 +215,7 @@ def summary_of(metrics: Sequence[Row]) -> dict[str, Any]:
     """
     evaluations = [row for row in metrics if row.get("proxy_mean") is not None]
     last = evaluations[-1] if evaluations else {}
-    gold = [float(row["gold_mean"]) for row in evaluations if row.get("gold_mean") is not None]
-    peak = gold_peak(gold)
+    peak = gold_peak([row["gold_mean"] for row in evaluations if row.get("gold_mean") is not None])
     return {
         "gold_mean": last.get("gold_mean"),
         "gold_se": last.get("gold_se"),
@@ -283,32 +231,9 @@ def summary_of(metrics: Sequence[Row]) -> dict[str, Any]:
 
 def gold_peak(gold: Sequence[float]) -> float | None:
     """Largest mean of three neighbouring evaluations; of all of them where there are fewer; None of none."""
-    if not gold:
-        return None
     width = min(NUM_PEAK_EVALUATIONS, len(gold))
-    return max(math.fsum(gold[i : i + width]) / width for i in range(len(gold) - width + 1))
-
-
-def _evaluation_fields(report: EvaluationReport | None) -> dict[str, float | None]:
-    return {
-        "proxy_mean": report.proxy_mean if report else None,
-        "gold_mean": report.gold_mean if report else None,
-        "gold_se": report.gold_se if report else None,
-        "gold_win_rate": report.gold_win_rate if report else None,
-        "rm_accuracy": report.rm_accuracy if report else None,
-        "eval_kl_sft": report.kl_sft if report else None,
-        "eval_response_tokens_mean": report.response_tokens_mean if report else None,
-    }
-
-
-def _scalars(line: Mapping[str, object]) -> Iterable[tuple[str, float]]:
-    for key, value in line.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}/{tag}", number) for tag, number in _scalars(value))
-        elif value is not None and key != "step":
-            assert isinstance(value, int | float | np.number), f"{key}: {value!r} is no number"
-            if math.isfinite(value):
-                yield key, float(value)
+    means = [math.fsum(gold[i : i + width]) / width for i in range(len(gold) - width + 1)] if gold else []
+    return max(means, default=None)
 
 
 def _last_time_s(run_dir: Path) -> float:

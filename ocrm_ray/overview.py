@@ -13,72 +13,40 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def show_run(console: "Console", config: RunConfig) -> None:
-    """The tree as YAML, then the pools and the prediction."""
-    console.print(dump_yaml(config), markup=False, highlight=False, soft_wrap=True)
-    _show_pools(console, config)
+def show(config: RunConfig | StudyConfig) -> None:
+    """Print the tree as YAML, then pools and prediction of the run, or of each arm with its first seed."""
+    from rich.console import Console
 
-
-def show_study(console: "Console", study: StudyConfig) -> None:
-    """The study as YAML, then pools and prediction of each arm with the first seed, told once where they are equal."""
-    console.print(dump_yaml(study), markup=False, highlight=False, soft_wrap=True)
-    runs = study_runs(study)
-    console.print(f"{len(runs)} runs: {len(study.arms)} arms x {len(study.seeds)} seeds", highlight=False)
-    for arm, seed, config in runs:
-        if seed == study.seeds[0]:
-            console.print(f"\narm {arm}", markup=False, highlight=False)
-            _show_pools(console, config)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(dump_yaml(config))
+    if isinstance(config, RunConfig):
+        _show_pools(console, config)
+        return
+    runs = study_runs(config)
+    console.print(f"{len(runs)} runs: {len(config.arms)} arms x {len(config.seeds)} seeds")
+    for arm, _, run in runs[:: len(config.seeds)]:
+        console.print(f"\narm {arm}")
+        _show_pools(console, run)
 
 
 def _show_pools(console: "Console", config: RunConfig) -> None:
     sizes = network_sizes(config)
-    console.print(pool_table(config, sizes))
-    for line in prediction(config, sizes):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    cost = measured_cost(config) or (predicted_cost(config, sizes) if sizes else None)
+    unknown = ["predicted step: not known, a model is not on this machine and no earlier run is in the run folder"]
+    console.print(_pool_table(config, sizes), *(cost_lines(config, cost) if cost else unknown), sep="\n")
 
 
-def prediction(config: RunConfig, sizes: NetworkSizes | None) -> list[str]:
-    """The predicted step, from an earlier run in the same folder if there is one."""
-    cost = measured_cost(config)
-    if cost is None and sizes is not None:
-        cost = predicted_cost(config, sizes)
-    if cost is None:
-        return ["predicted step: not known, a model is not on this machine and no earlier run is in the run folder"]
-    return cost_lines(config, cost)
-
-
-def pool_table(config: RunConfig, sizes: NetworkSizes | None) -> "Table":
-    """Pools with their actors, what these take, and what they run."""
+def _pool_table(config: RunConfig, sizes: NetworkSizes | None) -> "Table":
+    """Pools with their actors and what these take."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("pool", "actors", "CPUs", "GPUs", "dtype", "memory", "runs"):
+    for column in ("pool", "actors", "CPUs", "GPUs", "dtype", "memory"):
         table.add_column(column, justify="right" if column in ("actors", "CPUs", "GPUs", "memory") else "left")
     memory = {} if sizes is None else memory_gib(config, sizes)
     for name, pool in pools_by_name(config).items():
-        table.add_row(
-            name,
-            str(pool.num_actors),
-            f"{pool.num_actors * pool.cpus_per_actor:g}",
-            f"{pool.num_actors * pool.gpus_per_actor:g}",
-            pool.dtype,
-            f"{memory[name]:.1f} GiB" if memory else "?",
-            _work(config, name),
-        )
+        cpus, gpus = pool.num_actors * pool.cpus_per_actor, pool.num_actors * pool.gpus_per_actor
+        taken = f"{memory[name]:.1f} GiB" if memory else "?"
+        table.add_row(name, str(pool.num_actors), f"{cpus:g}", f"{gpus:g}", pool.dtype, taken)
     return table
-
-
-def _work(config: RunConfig, pool: str) -> str:
-    correction, gold = config.correction, config.gold
-    ratios = ", ratios" if correction.strategy == "ocrm" else ""
-    refit = ", refit" if correction.strategy != "none" else ""
-    critic = ", critic" if config.policy.algorithm == "ppo" else ""
-    scorer = gold.kind if gold else "praise" if config.world else "none"
-    return {
-        "generation": "policy (vLLM)",
-        "policy": f"policy{critic}, {config.policy.algorithm} (DeepSpeed)",
-        "scoring": f"anchor, SFT model{ratios}",
-        "reward": f"reward model{refit}",
-        "evaluation": f"gold: {scorer}",
-    }[pool]

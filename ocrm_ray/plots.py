@@ -1,288 +1,221 @@
-"""The pictures of one run's report, each a function from the run's files to a matplotlib figure."""
+"""The pictures of a run and of a study, through matplotlib's object API: no state of pyplot is touched."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ocrm_ray.metrics import POOLS, STAGES
-from ocrm_ray.plot_style import (
-    BLUE,
-    GOLD,
-    GREEN,
-    INK,
-    MUTED,
-    ORANGE,
-    PINK,
-    PROXY,
-    SHADE,
-    SKY,
-    TEXT_SIZE,
-    VERMILLION,
-    EndLabel,
-    dress,
-    label_ends,
-    new_figure,
-)
 from ocrm_ray.run_files import Column, CorrectionWindow, Row, Run, column, correction_windows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-STEPS_LABEL = "policy updates"
-KL_LABEL = "√KL from the SFT model (√nats)"
-MAX_LABELLED_ROWS = 24
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#B5528A", "#E69F00", "#56B4E9", "#1f2933")
+"""Okabe and Ito's, told apart with any colour vision (pink a little darker, for thin lines)."""
+LINES = [{"color": color, "linestyle": dash} for dash in ("-", "--", ":") for color in COLORS]
+MUTED, SHADE = "#6b7785", "#eceff2"
+STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": MUTED,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 150,
+    "font.size": 9,
+    "grid.color": "#e4e7eb",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+    "savefig.dpi": "figure",
+}
+REWARDS = {"gold_mean": "gold reward", "proxy_mean": "proxy reward (RM score)"}
+DISTANCES = {"step": "policy updates", "eval_kl_sft": "√KL from the SFT model (√nats)"}
+PHASES = ("ratios", "refit", "staging and step boundary")
+MAX_LABELLED = 30
 NUM_SMOOTHED = 9
-STAGE_COLORS: Mapping[str, str] = {"generate": BLUE, "score": GREEN, "train": VERMILLION, "publish": PINK}
-PHASES = (("ratios", ORANGE), ("refit", BLUE), ("staging and step boundary", SKY))
 
 
-def draw_all(run: Run) -> dict[str, "Figure"]:
+def draw_run(run: Run) -> "dict[str, Figure]":
     """Every picture that this run has data for, by name."""
+    import matplotlib
+
     windows = correction_windows(run)
-    updates = [row for row in run.metrics if row.get("step_s") is not None]
+    updates = [row for row in run.metrics if row.get("step_s")]
     pictures: dict[str, Figure] = {}
-    if run.evaluations:
-        pictures["rewards"] = draw_rewards(run, windows)
-    if _has_accuracy(run) or _weighted(windows):
-        pictures["reward_model"] = draw_reward_model(run, windows)
-    if updates:
-        pictures["corrections"] = draw_corrections(run, windows)
-        if any(row.get("idle_share") for row in updates):
-            pictures["idle"] = draw_idle(updates)
-        pictures["step_time"] = draw_step_time(updates)
+    with matplotlib.rc_context(STYLE):
+        if run.evaluations:
+            pictures["rewards"] = _draw_rewards({run.run_dir.name: [run]})
+            for axes in pictures["rewards"].axes[:: len(DISTANCES)]:
+                for window in windows:
+                    if window.policy_version is not None:
+                        axes.axvline(window.policy_version, color=MUTED, linewidth=0.6, linestyle=":", zorder=0)
+        reward_model = _draw_reward_model(run, windows)
+        if reward_model is not None:
+            pictures["reward_model"] = reward_model
+        if updates:
+            pictures["corrections"] = _draw_corrections(updates, windows)
+            pictures["times"] = _draw_times(updates)
     return pictures
 
 
-def draw_rewards(run: Run, windows: Sequence[CorrectionWindow]) -> "Figure":
-    """Gold (if any) above proxy, against updates and against the root of the KL: [1 or 2 rows, 2 columns]."""
-    rows = run.evaluations
-    measures = [("gold_mean", "gold reward", GOLD)] if run.has_gold else []
-    measures.append(("proxy_mean", "proxy reward (RM score)", PROXY))
-    figure = new_figure(9.5, 2.7 * len(measures) + 0.3)
-    grid = figure.subplots(len(measures), 2, sharex="col", sharey="row", squeeze=False)
-    steps, root_kl = column(rows, "step"), root(column(rows, "eval_kl_sft"))
-    for (key, name, color), (by_step, by_kl) in zip(measures, grid, strict=True):
-        values = column(rows, key)
-        band = column(rows, "gold_se") if key == "gold_mean" else np.zeros_like(values)
-        for axes, x in ((by_step, steps), (by_kl, root_kl)):
-            axes.plot(x, values, color=color, linewidth=1.8, marker="o", markersize=3.5)
-        by_step.fill_between(steps, values - band, values + band, color=color, alpha=0.2, linewidth=0)
-        _mark_promotions(by_step, windows)
-        is_last = axes is grid[-1][1]
-        unit = f"{name}, mean ± s.e." if key == "gold_mean" else name
-        title = name.split(" (")[0].capitalize()
-        dress(by_step, f"{title} over the run", STEPS_LABEL if is_last else "", unit)
-        dress(by_kl, f"{title} over distance", KL_LABEL if is_last else "")
-        _mark_end(by_kl, root_kl, values, f"update {int(steps[-1])}")
-    limit_steps(grid[0][0], steps)
-    grid[0][1].set_xlim(-0.03 * max(np.nanmax(root_kl), 1), 1.03 * max(np.nanmax(root_kl), 1))
-    if any(window.outcome == "promoted" for window in windows):
-        _note(grid[0][0], "dotted: a reward model promoted", MUTED)
-    return figure
+def draw_study(arms: Mapping[str, Sequence[Run]]) -> "Figure":
+    """Every arm's rewards: seeds thin, their mean thick."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        return _draw_rewards(arms)
 
 
-def draw_reward_model(run: Run, windows: Sequence[CorrectionWindow]) -> "Figure":
-    """Accuracy on on-policy pairs, and the effective sample size of each correction's weights: what was measured."""
-    draws = [_draw_accuracy] if _has_accuracy(run) else []
-    draws += [_draw_ess] if _weighted(windows) else []
-    figure = new_figure(9.5, 2.9)
-    for draw, axes in zip(draws, figure.subplots(1, len(draws), squeeze=False)[0], strict=True):
-        draw(axes, run, windows)
-        limit_steps(axes, column(run.metrics, "step"))
-    return figure
+def save(figure: "Figure", path: Path) -> None:
+    """Write the PNG; the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
 
 
-def draw_corrections(run: Run, windows: Sequence[CorrectionWindow]) -> "Figure":
-    """Training's token rate over time, and below it each correction as a bar of its phases."""
-    scale, unit = time_scale(run.end_s)
-    rows_height = min(0.24 * len(windows), 3.5)
-    figure = new_figure(9.5, 2.4 + (rows_height + 0.7 if windows else 0))
-    if not windows:
-        _draw_throughput(figure.subplots(), run, windows, scale)
-        figure.axes[0].set_xlabel(f"time since the start ({unit})", fontsize=TEXT_SIZE, color=INK)
-        return figure
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, rows_height + 0.3])
-    _draw_throughput(above, run, windows, scale)
-    for index, window in enumerate(windows):
-        _draw_window(below, index, window, scale)
-        if len(windows) <= MAX_LABELLED_ROWS:
-            _label_window(below, index, window, scale, on_left=window.ended_s > run.end_s / 2)
-    below.set_ylim(len(windows) - 0.4, -0.6)
-    dress(below, "Corrections", f"time since the start ({unit})", "correction")
-    below.set_yticks(range(len(windows)), [str(i + 1) for i in range(len(windows))])
-    if len(windows) > MAX_LABELLED_ROWS:
-        below.set_yticks([0, len(windows) - 1], ["1", str(len(windows))])
-    below.grid(visible=False)
-    handles = [below.barh(0, 0, color=color, label=name) for name, color in PHASES]
-    below.legend(
-        handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=TEXT_SIZE - 1
-    )
-    return figure
+def mean_over_seeds(runs: Sequence[Run]) -> list[Row]:
+    """Mean evaluations, at the steps that all runs evaluated."""
+    by_step = [{row["step"]: row for row in run.evaluations} for run in runs]
+    shared = sorted(set(by_step[0]).intersection(*by_step))
+    keys = [*DISTANCES, *REWARDS]
+    return [{key: column([rows[step] for rows in by_step], key).mean() for key in keys} for step in shared]
 
 
-def draw_idle(updates: Sequence[Row]) -> "Figure":
-    """Idle share of each pool, a panel each; the thick line is a running mean."""
-    figure = new_figure(9.5, 2.3)
-    steps = column(updates, "step")
-    panels = figure.subplots(1, len(POOLS), sharey=True)
-    for axes, pool in zip(panels, POOLS, strict=True):
-        share = 100 * column(updates, "idle_share", pool)
-        _plot_noisy(axes, steps, share, BLUE, np.mean)
-        title = f"{pool.capitalize()}: mean {np.mean(share[np.isfinite(share)]):.0f} %"
-        dress(axes, title, STEPS_LABEL, "idle (% of wall time)" if pool == POOLS[0] else "")
-        axes.set_ylim(-3, 103)
-        limit_steps(axes, steps)
-    return figure
+def _panels(num_rows: int, num_columns: int, height: float, **options: Any) -> "tuple[Figure, Any]":
+    """A figure of a page's width, ``height`` inches, and its axes [num_rows, num_columns]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, height))
+    return figure, figure.subplots(num_rows, num_columns, squeeze=False, **options)
 
 
-def draw_step_time(updates: Sequence[Row]) -> "Figure":
-    """Seconds of each stage and of the whole step; stages overlap, so they need not add up to the step."""
-    figure = new_figure(9.5, 2.9)
-    axes = figure.subplots()
-    steps = column(updates, "step")
-    lines = [(stage, column(updates, "stage_s", stage), STAGE_COLORS[stage]) for stage in STAGES]
-    lines.append(("whole step", column(updates, "step_s"), INK))
-    labels = []
-    for name, seconds, color in lines:
-        smoothed = _plot_noisy(axes, steps, seconds, color)
-        labels.append(EndLabel(float(steps[-1]), float(smoothed[-1]), name, color))
-    axes.set_ylim(bottom=0)
-    limit_steps(axes, steps)
-    dress(axes, "Time of a step by stage", STEPS_LABEL, "seconds")
-    label_ends(axes, labels)
-    return figure
-
-
-def root(kl: Column) -> Column:
-    """Square root of a KL estimate; the estimate may be a little below 0 near the SFT model."""
-    return np.sqrt(np.clip(kl, 0, None))
-
-
-def running(centre: Callable[[Column], float], values: Column, width: int) -> Column:
-    """``centre`` (mean or median) of ``width`` (odd) neighbours, fewer at the ends; NaN left out."""
-    half = width // 2
-    parts = (values[max(i - half, 0) : i + half + 1] for i in range(len(values)))
-    finite = (part[np.isfinite(part)] for part in parts)
-    return np.array([centre(part) if len(part) else np.nan for part in finite])
-
-
-def limit_steps(axes: "Axes", steps: Column) -> None:
-    """The whole run on the horizontal axis, from update 0, in whole numbers."""
+def _count(axis: "Axis") -> None:
+    """Whole numbers only: updates, corrections."""
     from matplotlib.ticker import MaxNLocator
 
-    last = max(float(steps.max()), 1.0)
-    axes.set_xlim(-0.02 * last, 1.02 * last)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+    axis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
 
 
-def time_scale(end_s: float) -> tuple[float, str]:
-    """Seconds of the unit that suits a run of this length, and its name."""
-    if end_s < 600:
-        return 1.0, "s"
-    return (60.0, "min") if end_s < 5 * 3600 else (3600.0, "h")
+def _draw_rewards(arms: Mapping[str, Sequence[Run]]) -> "Figure":
+    """Gold (if any) and proxy against updates and against the root of the KL: [1 or 2, 2] panels, arms by colour."""
+    has_gold = any(run.has_gold for runs in arms.values() for run in runs)
+    rewards = [key for key in REWARDS if has_gold or key != "gold_mean"]
+    figure, grid = _panels(len(rewards), len(DISTANCES), 0.3 + 2.7 * len(rewards), sharex="col", sharey="row")
+    for y_key, panels in zip(rewards, grid, strict=True):
+        panels[0].set_ylabel(REWARDS[y_key])
+        for x_key, axes in zip(DISTANCES, panels, strict=True):
+            for (arm, runs), line in zip(arms.items(), cycle(LINES), strict=False):
+                _draw_arm(axes, runs, (x_key, y_key), {**line, "label": arm})
+    for axes, label in zip(grid[-1], DISTANCES.values(), strict=True):
+        axes.set_xlabel(label)
+    _count(grid[-1, 0].xaxis)
+    if len(arms) > 1:
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(arms), 5))
+    return figure
 
 
-def _draw_accuracy(axes: "Axes", run: Run, windows: Sequence[CorrectionWindow]) -> None:
-    rows = run.evaluations
-    accuracy = 100 * column(rows, "rm_accuracy")
-    axes.plot(column(rows, "step"), accuracy, color=GREEN, linewidth=1.8, marker="o", markersize=3.5)
-    axes.axhline(50, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        "chance", (1, 50), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", color=MUTED,
-        fontsize=TEXT_SIZE - 1,
-    )  # fmt: skip
-    _mark_promotions(axes, windows)
-    dress(axes, "RM accuracy on on-policy pairs", STEPS_LABEL, "ordered as gold orders them (%)")
+def _draw_arm(axes: "Axes", runs: Sequence[Run], keys: tuple[str, str], line: Mapping[str, Any]) -> None:
+    for run in runs if len(runs) > 1 else ():
+        axes.plot(*_points(run.evaluations, keys), color=line["color"], linewidth=0.7, alpha=0.45)
+    rows = mean_over_seeds(runs)
+    x, y = _points(rows, keys)
+    axes.plot(x, y, **line, marker="o", markevery=[-1] if len(runs) > 1 else None)
+    if len(runs) == 1 and keys == ("step", "gold_mean"):
+        error = column(runs[0].evaluations, "gold_se")
+        axes.fill_between(x, y - error, y + error, color=line["color"], alpha=0.2, linewidth=0)
 
 
-def _draw_ess(axes: "Axes", run: Run, windows: Sequence[CorrectionWindow]) -> None:
-    weighted = _weighted(windows)
-    shares = [100 * float(window.ess_fraction or 0) for window in weighted]
-    snapshots = [float(window.snapshot_version or 0) for window in weighted]
-    floor = min([*(share for share in shares if share > 0), 1.0]) / 2
-    axes.vlines(snapshots, floor, shares, color=ORANGE, linewidth=1, alpha=0.6)
-    axes.plot(snapshots, shares, color=ORANGE, linestyle="none", marker="o", markersize=5)
-    axes.set_yscale("log")
-    axes.set_ylim(floor, 140)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    dress(axes, "Effective sample size of each correction", "policy version of the snapshot", "ESS (% of the pairs)")
+def _points(rows: Sequence[Row], keys: tuple[str, str]) -> tuple[Column, Column]:
+    """The KL as its root; its estimate may be a little below 0 near the SFT model."""
+    x, y = (column(rows, key) for key in keys)
+    return (np.sqrt(x.clip(min=0)) if keys[0] == "eval_kl_sft" else x), y
 
 
-def _has_accuracy(run: Run) -> bool:
-    return any(row.get("rm_accuracy") is not None for row in run.metrics)
+def _draw_reward_model(run: Run, windows: Sequence[CorrectionWindow]) -> "Figure | None":
+    """Accuracy on on-policy pairs and each correction's effective sample size, as far as they were measured."""
+    measured = [row for row in run.evaluations if row.get("rm_accuracy") is not None]
+    weighted = [vars(window) for window in windows if window.ess_fraction is not None]
+    panels = [
+        ("RM accuracy on on-policy pairs", "policy updates", "ordered as gold orders them (%)", "linear",
+         column(measured, "step"), column(measured, "rm_accuracy")),
+        ("Effective sample size of each correction", "policy version of the snapshot", "ESS (% of the pairs)", "log",
+         column(weighted, "snapshot_version"), column(weighted, "ess_fraction")),
+    ]  # fmt: skip
+    panels = [panel for panel in panels if len(panel[-1])]
+    if not panels:
+        return None
+    figure, grid = _panels(1, len(panels), 2.9)
+    for axes, (title, x_label, y_label, scale, x, share) in zip(grid[0], panels, strict=True):
+        axes.plot(x, 100 * share, "o-", color=COLORS[2])
+        axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale=scale)
+    return figure
 
 
-def _weighted(windows: Sequence[CorrectionWindow]) -> list[CorrectionWindow]:
-    return [window for window in windows if window.ess_fraction is not None]
-
-
-def _plot_noisy(
-    axes: "Axes", x: Column, y: Column, color: str, centre: Callable[[Column], float] = np.median
-) -> Column:
-    """The values thin, their running centre thick and returned. Few values are shown as they are."""
-    smoothed = running(centre, y, NUM_SMOOTHED if len(y) > 3 * NUM_SMOOTHED else 1)
-    axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35, marker="o" if len(y) < 4 else None, markersize=4)
-    axes.plot(x, smoothed, color=color, linewidth=1.8)
-    return smoothed
-
-
-def _mark_promotions(axes: "Axes", windows: Sequence[CorrectionWindow]) -> None:
-    at = [window.policy_version for window in windows if window.policy_version is not None]
-    for version in at:
-        alpha = min(1.0, MAX_LABELLED_ROWS / len(at))
-        axes.axvline(version, color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)), zorder=0, alpha=alpha)
-
-
-def _mark_end(axes: "Axes", x: Column, y: Column, text: str) -> None:
-    axes.annotate(
-        text, (x[-1], y[-1]), xytext=(5, 5), textcoords="offset points", color=MUTED, fontsize=TEXT_SIZE - 1.5,
-        annotation_clip=False,
-    )  # fmt: skip
-
-
-def _note(axes: "Axes", text: str, color: str) -> None:
-    axes.annotate(
-        text, (1, 1), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", ha="right", color=color,
-        fontsize=TEXT_SIZE - 1.5,
-    )  # fmt: skip
-
-
-def _draw_throughput(axes: "Axes", run: Run, windows: Sequence[CorrectionWindow], scale: float) -> None:
-    rows = [row for row in run.metrics if row.get("step_s")]
-    rate = column(rows, "rollout_tokens") / column(rows, "step_s")
+def _draw_corrections(updates: Sequence[Row], windows: Sequence[CorrectionWindow]) -> "Figure":
+    """Training's token rate over time, and below it each correction as a bar of its phases."""
+    heights = [2.4, 0.9 + 0.2 * min(len(windows), MAX_LABELLED)][: 2 if windows else 1]
+    figure, grid = _panels(len(heights), 1, sum(heights), sharex=True, height_ratios=heights)
+    rate = column(updates, "rollout_tokens") / column(updates, "step_s")
+    _plot_noisy(grid[0, 0], column(updates, "time_s") / 60, rate, COLORS[-1])
+    grid[0, 0].set(title="Rollout tokens trained on", ylabel="tokens / s", xlim=(0, None), ylim=(0, None))
     for window in windows:
-        axes.axvspan(window.started_s / scale, window.ended_s / scale, color=SHADE, linewidth=0, zorder=0)
-    _plot_noisy(axes, column(rows, "time_s") / scale, rate, INK)
-    published = [float(event["time_s"]) / scale for event in run.events if event["event"] == "weights_published"]
-    axes.plot(
-        published, np.zeros(len(published)), color=PINK, linestyle="none", marker="|", markersize=5,
-        markeredgewidth=0.7, clip_on=False, transform=axes.get_xaxis_transform(),
-    )  # fmt: skip
-    axes.set_ylim(bottom=0)
-    title = "Rollout tokens trained on" + (" (shaded: a correction in flight)" if windows else "")
-    dress(axes, title, "", "tokens / s")
-    axes.set_xlim(0, 1.01 * run.end_s / scale)
-    if published:
-        _note(axes, "ticks: weights published", PINK)
+        grid[0, 0].axvspan(window.started_s / 60, window.ended_s / 60, color=SHADE, linewidth=0, zorder=0)
+    if windows:
+        _draw_timeline(grid[1, 0], windows)
+    grid[-1, 0].set_xlabel("minutes since the start")
+    return figure
 
 
-def _draw_window(axes: "Axes", index: int, window: CorrectionWindow, scale: float) -> None:
-    start = window.started_s
-    for (_, color), end in zip(PHASES, (window.scored_s, window.refitted_s, window.ended_s), strict=True):
-        if end is not None:
-            axes.barh(index, (end - start) / scale, left=start / scale, height=0.62, color=color)
-            start = end
+def _draw_timeline(axes: "Axes", windows: Sequence[CorrectionWindow]) -> None:
+    numbers = np.arange(1, len(windows) + 1)
+    times = np.stack(
+        [column([vars(w) for w in windows], f"{at}_s") for at in ("started", "scored", "refitted", "ended")]
+    )
+    reached = np.fmax.accumulate(times / 60)  # a phase that did not happen has no width
+    for name, color, start, end in zip(PHASES, COLORS[4::-2], reached[:-1], reached[1:], strict=True):
+        bars = axes.barh(numbers, end - start, left=start, height=0.6, color=color, label=name)
+    if len(windows) <= MAX_LABELLED:
+        lags = [w.outcome if w.lag_steps is None else f"lag {w.lag_steps}" for w in windows]
+        axes.bar_label(bars, lags, padding=5, color=MUTED, fontsize="small")
+    axes.set(title="Corrections", ylabel="correction", ylim=(len(windows) + 0.6, 0.4))
+    _count(axes.yaxis)
+    axes.grid(visible=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(PHASES), borderaxespad=0)
 
 
-def _label_window(axes: "Axes", index: int, window: CorrectionWindow, scale: float, on_left: bool) -> None:
-    parts = [window.outcome] if window.outcome != "promoted" else []
-    parts += [f"lag {window.lag_steps}"] if window.lag_steps is not None else []
-    updates = "1 update" if window.num_updates == 1 else f"{window.num_updates} updates"
-    parts.append(f"meanwhile {window.rollout_tokens:,} tokens in {updates}")
-    axes.annotate(
-        ", ".join(parts), ((window.started_s if on_left else window.ended_s) / scale, index),
-        xytext=(-6 if on_left else 6, 0), textcoords="offset points", ha="right" if on_left else "left", va="center",
-        fontsize=TEXT_SIZE - 1.5, color=MUTED, annotation_clip=False,
-    )  # fmt: skip
+def _draw_times(updates: Sequence[Row]) -> "Figure":
+    """Seconds of each stage and of the whole step (stages overlap), and each pool's idle share."""
+    seconds = {stage: column(updates, "stage_s", stage) for stage in STAGES} | {"step": column(updates, "step_s")}
+    idle = {pool: 100 * column(updates, "idle_share", pool) for pool in POOLS}
+    panels = (("Time of a step by stage", seconds, "s"), ("Idle: no request in the pool", idle, "%"))
+    figure, grid = _panels(2, 1, 4.8, sharex=True)
+    for axes, (title, lines, unit) in zip(grid[:, 0], panels, strict=True):
+        for (name, values), color in zip(lines.items(), (*COLORS[:4], COLORS[-1]), strict=False):
+            if np.isfinite(values).any():
+                label = f"{name}: mean {np.nanmean(values):.3g} {unit}"
+                _plot_noisy(axes, column(updates, "step"), values, color, label)
+        axes.set(title=title, ylabel=f"{unit} (thick: running mean)", ylim=(0, None))
+        if axes.lines:
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    grid[-1, 0].set_xlabel(DISTANCES["step"])
+    _count(grid[-1, 0].xaxis)
+    return figure
+
+
+def _plot_noisy(axes: "Axes", x: Column, y: Column, color: str, label: str = "") -> None:
+    """The values thin, their running mean thick; few values as they are."""
+    is_known = np.isfinite(y)
+    x, y = x[is_known], y[is_known]
+    window = np.ones(NUM_SMOOTHED if len(y) > 3 * NUM_SMOOTHED else 1)
+    smoothed = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
+    axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35, marker="o" if len(y) < 4 else None)
+    axes.plot(x, smoothed, color=color, label=label)

@@ -167,12 +167,16 @@ def _write_policy(folder: Path, hidden_size: int, seed: int) -> None:
 
 
 def _write_reward(folder: Path, hidden_size: int, seed: int) -> None:
+    """Embeddings of unit spread outweigh what attention adds, so the final norm does not level the score off at
+    the four praise words that pairs show: a fitted model goes on rewarding praise beyond them.
+    """
     import torch
     from transformers import LlamaForSequenceClassification
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_torch_seed(seed, 4))
         model = LlamaForSequenceClassification(_llama_config(hidden_size, num_layers=1, num_labels=1))
+        torch.nn.init.normal_(model.model.embed_tokens.weight)
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ocrm_ray.metrics import RunLog, SampleRecord, StepRecord, summarise
+from ocrm_ray.metrics import RunLog, StepRecord, summarise
 from ocrm_ray.records import EvaluationReport
 
 
@@ -133,20 +133,21 @@ def write_correction(log: RunLog, step: int, phase: int, shape: Shape, clock: Cl
             ess_fraction=0.5 * math.exp(-(snapshot - 20) / 25) if shape.weighted else None,
             refit_s=5.2,
             lag_steps=4,
+            num_rollouts_finished=64 + snapshot,
         )
 
 
 def write_evaluation(log: RunLog, report: EvaluationReport) -> None:
     log.evaluation(report)
     log.samples(
-        SampleRecord(
-            step=report.step,
-            prompt=f"river stone market {index}",
-            response=f"a fine stone by the river, said {report.step} times",
-            proxy=report.proxy_mean + index,
-            gold=None if report.gold_mean is None else report.gold_mean - index,
-            length=12,
-        )
+        {
+            "step": report.step,
+            "prompt": f"river stone market {index}",
+            "response": f"a fine stone by the river, said {report.step} times",
+            "proxy": report.proxy_mean + index,
+            "gold": None if report.gold_mean is None else report.gold_mean - index,
+            "length": 12,
+        }
         for index in range(3)
     )
 

@@ -16,8 +16,8 @@ from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.errors import DeadlineError, Problem, UserError
 
 ROOT = Path(__file__).parent.parent
-RUN = "name: trial\nworld: {}\nrollout: {max_new_tokens: 13}\n"
-STUDY = "name: s\nseeds: [1, 2]\nbase: {world: {}, rollout: {max_new_tokens: 13}}\n"
+RUN = "name: trial\nworld: {}\n"
+STUDY = "name: s\nseeds: [1, 2]\nbase: {world: {}}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -49,28 +49,29 @@ def files_below(folder: Path) -> set[tuple[str, int]]:
     return {(str(path), path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
-ALL_MODES = "need ppo, rloo or grpo: change it"
+AT_LEAST_1 = "need a number greater than or equal to 1: change it"
+AT_MOST_1 = "need a number less than or equal to 1: change it"
 MISTAKES = {
     "run gone.yaml": "gone.yaml: got no such file or directory, need a YAML file: check the path",
     "run .": ".: got is a directory, need a YAML file: check the path",
-    "run run.yaml correction.every=0": "correction.every: got 0, need an integer >= 1: change it",
-    "run run.yaml correction.every": "correction.every: got no = sign, need key=value: write correction.every=VALUE",
+    "run run.yaml correction.every=0": f"correction.every: got 0, {AT_LEAST_1}",
+    "run run.yaml correction.every": "correction.every: got no override, "
+    "need key=value, such as policy.gamma=0.5: write both",
     "run run.yaml policy.lr=1": "policy.lr: got an unknown key, need policy.learning_rate: correct the key",
     "run run.yaml policy.gama=1": "policy.gama: got an unknown key, need policy.gamma: correct the key",
     "run run.yaml polcy.gamma=1": "polcy: got an unknown key, need policy: correct the key",
-    "run run.yaml policy.algorithm=dpo": f'policy.algorithm: got "dpo", {ALL_MODES}',
-    "run run.yaml policy.gamma=1.5": "policy.gamma: got 1.5, need a number >= 0 and <= 1: change it",
-    "run run.yaml policy.num_updates=many": 'policy.num_updates: got "many", need an integer >= 1: change it',
-    "run run.yaml rollout.missing_eos=drop": 'rollout.missing_eos: got "drop", '
-    "need mask or a mapping with penalty: change it",
-    "run run.yaml gold.kind=human": 'gold.kind: got "human", need function, classifier or similarity: change it',
-    "run run.yaml seed=[": "seed: got invalid YAML at line 1 (expected the node content, but found '<stream end>'), "
-    "need a YAML value: put the value in quotes",
+    "run run.yaml policy.algorithm=dpo": "policy.algorithm: got \"dpo\", need 'ppo', 'rloo' or 'grpo': change it",
+    "run run.yaml policy.gamma=1.5": f"policy.gamma: got 1.5, {AT_MOST_1}",
+    "run run.yaml policy.num_updates=many": 'policy.num_updates: got "many", need an integer: change it',
+    "run run.yaml rollout.missing_eos=drop": "rollout.missing_eos: got \"drop\", need 'mask' or a mapping: change it",
+    "run run.yaml gold.kind=human": 'gold.kind: got "human", need function or classifier or similarity: change it',
+    "run run.yaml seed=[": "seed: got invalid YAML (line 1: expected the node content, but found '<stream end>'), "
+    "need a YAML value: put it in quotes",
     "run study.yaml": "study.yaml: got a study (it has the key arms), need one run: use ocrm-ray study",
-    "study run.yaml": "run.yaml: got a configuration without arms, need a study: use ocrm-ray run, or add arms",
-    "study study.yaml seeds=[]": "seeds: got none, need at least one seed: add one",
-    "study study.yaml base.policy.gamma=2": "base.policy.gamma: got 2, need a number >= 0 and <= 1: change it",
-    "study study.yaml arms.a.policy.gamma=2": "arms.a.policy.gamma: got 2, need a number >= 0 and <= 1: change it",
+    "study run.yaml": "run.yaml: got a run (no key arms), need a study: use ocrm-ray run, or add arms",
+    "study study.yaml seeds=[]": "seeds: got [], need at least one seed, each once: change them",
+    "study study.yaml base.policy.gamma=2": f"base.policy.gamma: got 2, {AT_MOST_1}",
+    "study study.yaml arms.a.policy.gamma=2": f"arms.a.policy.gamma: got 2, {AT_MOST_1}",
     "study study.yaml base.evaluation.num_prompts=2000": "base.evaluation.num_prompts: got 2000, "
     "need at most 1024, as data.num_heldout: lower it, or raise data.num_heldout",
     "study study.yaml arms.b.sft.num_epochs=9": "arms.b.sft.num_epochs: got 9, need 3, as in the first arm: "
@@ -79,18 +80,18 @@ MISTAKES = {
     "need prompts, or the embedded world: set it, or set world: {}",
     "run run.yaml rollout.samples_per_prompt=1": "rollout.samples_per_prompt: got 1, "
     "need at least 2 for rloo, which compares the samples of a prompt: raise it, or use ppo",
-    "run run.yaml correction.promote_after=1 correction.max_lag=1": "correction.max_lag: got 1 beside promote_after 1, "
-    "need one of the two: remove one",
-    "run run.yaml rollout.max_new_tokens=64": "rollout.max_new_tokens: got 64, "
-    "need 13 (its responses and EOS) to 60 (its models' context less the prompt) with world: change it",
-    "run run.yaml rollout.top_k=5": "rollout.top_k: got 5 with strategy ocrm, "
-    "need 0: the importance ratio of truncated sampling is biased: set it to 0, or use strategy refit",
-    "run run.yaml output_dir=run.yaml/x": 'output_dir: got "run.yaml/x", where run.yaml is a file, '
-    "need a folder: change it",
-    "report gone": "gone: got no folder, need a run folder: correct the path",
+    "run run.yaml correction.promote_after=1 correction.max_lag=1": "correction.max_lag: got 1, "
+    "need nothing beside correction.promote_after 1: remove one of the two",
+    "run run.yaml rollout.max_new_tokens=125": "rollout.max_new_tokens: got 125, "
+    "need 13 (its responses and EOS) to 124 (its models' context less the prompt) with world: change it",
+    "run run.yaml rollout.top_k=5": "rollout.top_k: got 5, need 0 with correction.strategy ocrm: "
+    "the ratio of truncated sampling is biased: set it to 0, or use strategy refit",
+    "run run.yaml output_dir=run.yaml/x": 'output_dir: got "run.yaml/x", '
+    "need a folder that can be written (run.yaml is none): change it",
+    "report gone": "gone: got no such folder, need a run folder: name the folder that `ocrm-ray run` wrote",
     "report .": ".: got a folder without config.yaml and metrics.jsonl, need a run folder: "
     "name the folder that `ocrm-ray run` wrote",
-    "check run.yaml checkpoint.every=-1": "checkpoint.every: got -1, need an integer >= 1: change it",
+    "check run.yaml checkpoint.every=-1": f"checkpoint.every: got -1, {AT_LEAST_1}",
 }
 
 
@@ -124,8 +125,8 @@ def test_the_module_is_the_same_program_and_tells_mistakes_without_a_traceback(w
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
-        "policy.gamma: got -1, need a number >= 0 and <= 1: change it\n"
-        "correction.every: got 0, need an integer >= 1: change it\n"
+        "policy.gamma: got -1, need a number greater than or equal to 0: change it\n"
+        f"correction.every: got 0, {AT_LEAST_1}\n"
     )
     assert files_below(workplace) == before
 

@@ -95,11 +95,12 @@ REMEDY = "lower correction.num_pairs, or give pools.scoring (ratios) and pools.r
         (
             {"every": 12},
             "ratios 15 s + refit 10 s > 12 steps of 2.00 s = 24 s: they fall behind; "
-            f"set correction.every to 13 or more, or {REMEDY}",
+            f"set correction.every to 13, or {REMEDY}",
         ),
         (
             {"every": 20, "promote_after": 5},
-            f"ratios 15 s + refit 10 s > 5 steps of 2.00 s: training waits 15 s for each; {REMEDY}",
+            "ratios 15 s + refit 10 s > 5 steps of 2.00 s = 10 s: training waits 15 s for each; "
+            f"set correction.promote_after to 13, or {REMEDY}",
         ),
         (
             {"every": 20, "schedule": "blocking"},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from synthetic_runs import Clock, read_lines
 
-from ocrm_ray.metrics import BusyMeter, RunLog, SampleRecord, StepRecord, gold_peak, summarise, summary_of
+from ocrm_ray.metrics import BusyMeter, RunLog, StepRecord, gold_peak, summarise, summary_of
 from ocrm_ray.records import EvaluationReport
 from ocrm_ray.run_files import read_jsonl, rewound
 
@@ -49,13 +49,14 @@ def test_lines_after_a_held_step_wait_until_its_evaluation_is_there(tmp_path: Pa
 
 def test_an_evaluation_that_comes_before_its_step_is_kept_for_it(tmp_path: Path) -> None:
     with RunLog(tmp_path, Clock()) as log:
-        log.evaluation(report(1, gold=1.5, gold_se=0.25, gold_win_rate=0.75, rm_accuracy=0.625))
         log.hold(1)
-        log.step(step(1))
+        log.evaluation(report(1, gold=1.5, gold_se=0.25, gold_win_rate=0.75, rm_accuracy=0.625))
+        assert steps_of(tmp_path) == []
+        log.step(step(1, kl_sft=1.75))
     (row,) = read_lines(tmp_path / "metrics.jsonl")
     measured = ("proxy_mean", "gold_mean", "gold_se", "gold_win_rate", "rm_accuracy", "eval_kl_sft")
     assert [row[key] for key in measured] == [0.5, 1.5, 0.25, 0.75, 0.625, 2.25]
-    assert row["eval_response_tokens_mean"] == 9.0
+    assert (row["eval_response_tokens_mean"], row["kl_sft"], row["response_tokens_mean"]) == (9.0, 1.75, None)
 
 
 def test_two_evaluations_in_the_wrong_order_still_give_lines_in_step_order(tmp_path: Path) -> None:
@@ -101,11 +102,12 @@ def test_close_writes_what_still_waits_for_an_evaluation(tmp_path: Path) -> None
         lambda log: log.evaluation(report(2)),
         lambda log: log.evaluation(report(3)),
     ],
-    ids=["same step again", "hold of a written step", "evaluation of a written step", "second evaluation"],
+    ids=["same step again", "hold of a recorded step", "evaluation that nobody announced", "second evaluation"],
 )
 def test_lines_out_of_order_are_refused(tmp_path: Path, misuse: Callable[[RunLog], None]) -> None:
     with RunLog(tmp_path, Clock()) as log:
         log.step(step(2))
+        log.hold(3)
         log.evaluation(report(3))
         with pytest.raises(AssertionError):
             misuse(log)
@@ -181,12 +183,10 @@ def test_tensorboard_holds_the_numbers_of_the_lines(tmp_path: Path) -> None:
 
 
 def test_samples_are_written_as_they_are(tmp_path: Path) -> None:
-    sample = SampleRecord(step=3, prompt="a\nb", response="c ✓", proxy=1.5, gold=None, length=4)
+    rows = [{"step": 3, "prompt": "a\nb", "response": "c ✓", "proxy": 1.5, "gold": None, "length": 4}]
     with RunLog(tmp_path, Clock()) as log:
-        log.samples([sample])
-    assert read_lines(tmp_path / "samples.jsonl") == [
-        {"step": 3, "prompt": "a\nb", "response": "c ✓", "proxy": 1.5, "gold": None, "length": 4}
-    ]
+        log.samples(rows)
+    assert read_lines(tmp_path / "samples.jsonl") == rows
 
 
 def test_idle_share_is_exact_for_overlapping_requests_on_a_virtual_clock() -> None:
@@ -217,26 +217,19 @@ def test_idle_share_is_exact_for_overlapping_requests_on_a_virtual_clock() -> No
     asyncio.run(overlapping())
 
 
-def test_watch_counts_the_awaitable_and_ends_the_count_when_it_fails() -> None:
+def test_a_request_that_fails_ends_its_count() -> None:
     clock = Clock()
     meter = BusyMeter(clock)
 
-    async def work(seconds: float, fails: bool) -> str:
-        assert meter.num_in_flight == 1
-        clock.now += seconds
-        if fails:
+    async def failing() -> None:
+        async with meter.request():
+            clock.now = 3.0
             raise ValueError("lost")
-        return "done"
 
-    async def both() -> None:
-        assert await meter.watch(work(3.0, fails=False)) == "done"
-        with pytest.raises(ValueError, match="lost"):
-            await meter.watch(work(1.0, fails=True))
-        clock.now += 1.0
-
-    asyncio.run(both())
-    assert meter.num_in_flight == 0
-    assert meter.idle_share_since_last() == pytest.approx(1 / 5)
+    with pytest.raises(ValueError, match="lost"):
+        asyncio.run(failing())
+    clock.now = 4.0
+    assert meter.idle_share_since_last() == pytest.approx(1 / 4)
 
 
 def test_idle_share_of_no_time_says_what_is_the_case_now() -> None:

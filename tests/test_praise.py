@@ -195,6 +195,8 @@ def test_world_folders_load_as_models_of_the_stated_shape(tmp_path: Path) -> Non
     assert (policy.config.num_hidden_layers, policy.config.num_attention_heads, policy.config.head_dim) == (2, 2, 32)
     assert (reward.config.num_hidden_layers, reward.config.num_attention_heads, reward.config.head_dim) == (1, 1, 32)
     assert reward.config.num_labels == 1
+    assert float(reward.model.embed_tokens.weight.std()) == pytest.approx(1.0, abs=0.1)
+    assert float(policy.lm_head.weight.std()) == pytest.approx(0.02, abs=0.002)
     for folder, model in (("policy", policy), ("reward", reward)):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / folder)
         assert tokenizer("river")["input_ids"] == [VOCABULARY.index("river")]

@@ -10,8 +10,8 @@ from matplotlib.image import imread
 from synthetic_runs import Shape, read_lines, write_run
 
 from ocrm_ray.errors import UserError
+from ocrm_ray.plots import draw_study, mean_over_seeds
 from ocrm_ray.run_files import read_run
-from ocrm_ray.study_plot import draw_study, mean_over_seeds
 from ocrm_ray.study_report import study_table, write_study
 
 ARMS = {"none": Shape(num_updates=80, decline=0.3, correct=False), "ocrm": Shape(num_updates=80, decline=0.01)}
@@ -24,7 +24,6 @@ def study_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for arm, shape in ARMS.items():
         for seed in SEEDS:
             write_run(folder / arm / f"seed-{seed}", replace(shape, seed=seed))
-    (folder / "ocrm" / "seed-1" / "report.html").write_text("")
     write_study(folder, list(ARMS), SEEDS)
     return folder
 
@@ -57,9 +56,9 @@ def test_corrections_are_counted_and_their_ess_averaged(study_dir: Path) -> None
 
 def test_the_terminal_table_is_aligned_and_tells_each_arms_means(study_dir: Path) -> None:
     study = study_of(study_dir)
-    header, rule, *rows = study_table(study).splitlines()
+    header, *rows = study_table(study).splitlines()
     assert [row.split()[0] for row in rows] == list(ARMS)
-    assert len({len(line) for line in (header, rule, *rows)}) == 1
+    assert len({len(line) for line in (header, *rows)}) == 1
     for row, arm in zip(rows, ARMS, strict=True):
         mean, deviation = (study["arms"][arm][kind] for kind in ("mean", "sd"))
         for key in ("gold_peak", "gold_mean", "gold_share_of_peak", "proxy_mean"):
@@ -74,34 +73,34 @@ def test_the_page_shows_the_table_the_runs_and_the_picture_from_this_folder_only
         assert f"{study['arms'][arm]['mean']['gold_mean']:.2f} ±" in page
         for seed in SEEDS:
             assert f"{study['arms'][arm]['seeds'][str(seed)]['gold_mean']:.2f}</td>" in page
-    assert re.findall(r'(?:src|href)="([^"]+)"', page) == ["study.png", "ocrm/seed-1/report.html"]
+    assert re.findall(r'(?:src|href)="([^"]+)"', page) == [
+        "study.png",
+        *(f"{arm}/seed-{seed}/report.html" for arm in ARMS for seed in SEEDS),
+    ]
     assert imread(study_dir / "study.png")[..., :3].std() > 0.05
 
 
 def test_the_picture_draws_every_seed_and_the_mean(study_dir: Path) -> None:
     arms = {arm: [read_run(study_dir / arm / f"seed-{seed}") for seed in SEEDS] for arm in ARMS}
-    gold_axes, proxy_axes, distance_axes = draw_study(arms).axes
-    for axes, x_key, y_key in (
-        (gold_axes, "step", "gold_mean"),
-        (proxy_axes, "step", "proxy_mean"),
-        (distance_axes, "eval_kl_sft", "gold_mean"),
-    ):
+    figure = draw_study(arms)
+    panels = [(x_key, y_key) for y_key in ("gold_mean", "proxy_mean") for x_key in ("step", "eval_kl_sft")]
+    for axes, (x_key, y_key) in zip(figure.axes, panels, strict=True):
         lines = axes.get_lines()
+        assert len(lines) == 6
         for index, runs in enumerate(arms.values()):
             seeds = [np.array([[row[x_key], row[y_key]] for row in run.evaluations], dtype=float).T for run in runs]
-            for line, (x, y) in zip(lines[4 * index :], [*seeds, np.mean(seeds, axis=0)], strict=False):
+            for line, (x, y) in zip(lines[3 * index :], [*seeds, np.mean(seeds, axis=0)], strict=False):
                 np.testing.assert_allclose(line.get_xdata(), np.sqrt(x) if x_key == "eval_kl_sft" else x, rtol=1e-6)
                 np.testing.assert_allclose(line.get_ydata(), y, rtol=1e-12)
-    named = [text.get_text() for text in gold_axes.texts]
-    assert sorted(named) == sorted(ARMS)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(ARMS)
 
 
 def test_the_mean_stops_where_the_shortest_seed_stops(tmp_path: Path) -> None:
-    runs = [read_run(write_run(tmp_path / str(n), Shape(num_updates=n, seed=n))) for n in (20, 40)]
-    means = mean_over_seeds(runs, ["gold_mean"])
-    assert list(means["step"]) == [0, 10, 20]
+    runs = [read_run(write_run(tmp_path / str(n), Shape(num_updates=n, seed=n))) for n in (40, 20)]
+    means = mean_over_seeds(runs)
+    assert [row["step"] for row in means] == [0, 10, 20]
     expected = [np.mean([run.evaluations[i]["gold_mean"] for run in runs]) for i in range(3)]
-    np.testing.assert_allclose(means["gold_mean"], expected, rtol=1e-12)
+    np.testing.assert_allclose([row["gold_mean"] for row in means], expected, rtol=1e-12)
 
 
 def test_missing_runs_are_named_and_the_rest_is_reported(tmp_path: Path) -> None:
@@ -124,11 +123,13 @@ def test_a_study_without_gold_says_so_and_compares_the_proxy(tmp_path: Path) -> 
 
 
 def test_the_share_of_a_peak_below_zero_is_not_given(tmp_path: Path) -> None:
-    run_dir = write_run(tmp_path / "ocrm" / "seed-1", Shape(num_updates=20))
-    summary = json.loads((run_dir / "summary.json").read_text()) | {"gold_peak": -1.0, "gold_mean": -2.0}
-    (run_dir / "summary.json").write_text(json.dumps(summary))
+    run_dir = tmp_path / "ocrm" / "seed-1"
+    run_dir.mkdir(parents=True)
+    row = {"step": 1, "time_s": 2.0, "proxy_mean": 1.0, "gold_mean": -2.0}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     write_study(tmp_path, ["ocrm"], (1,))
-    assert study_of(tmp_path)["arms"]["ocrm"]["mean"]["gold_share_of_peak"] is None
+    mean = study_of(tmp_path)["arms"]["ocrm"]["mean"]
+    assert (mean["gold_peak"], mean["gold_share_of_peak"], mean["gold_drop_from_peak"]) == (-2.0, None, 0.0)
 
 
 def test_a_folder_without_any_of_the_runs_is_the_users_mistake(tmp_path: Path) -> None:
