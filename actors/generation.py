@@ -33,7 +33,7 @@ def engine_environment(pool: GenerationPool) -> dict[str, str]:
     common = {
         "OMP_NUM_THREADS": str(pool.threads_per_actor),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }

@@ -89,11 +89,9 @@ class RayGenerationPool(RayPool):
         )
 
     async def score(self, sequences: Seq[Sequence]) -> list[FloatArray]:
-        """By the first engine: all engines have the same weights."""
-        answer: list[FloatArray] = await self.actors[0].call(
-            "score", list(sequences), deadline_s=self.deadlines.request_s
-        )
-        return answer
+        """By every engine, one engine's answers after another's: any of them may have missed a publish."""
+        answers = await call_all(self.actors, "score", list(sequences), deadline_s=self.deadlines.request_s)
+        return [logprobs for answer in answers for logprobs in answer]
 
     async def close(self) -> None:
         """Cancel what is open, shut the engines down, so that no process of theirs is left, and end the actors."""

@@ -106,16 +106,15 @@ def _correction(config: RunConfig) -> Checks:
 
 
 def _policy(config: RunConfig) -> Checks:
-    policy, rollout, num_actors = config.policy, config.rollout, config.pools.policy.num_actors
+    policy, rollout = config.policy, config.rollout
     need = f"at least 2 for {policy.algorithm}, which compares the samples of a prompt"
     is_wrong = policy.algorithm != "ppo" and rollout.samples_per_prompt < 2
     yield is_wrong, "rollout.samples_per_prompt", need, "raise it, or use ppo"
     num_samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    size, rest = divmod(num_samples, policy.num_minibatches)
     need = f"a divisor of the {num_samples} samples of a step"
-    yield rest > 0, "policy.num_minibatches", need, "change it, or rollout.prompts_per_step"
-    need = f"a divisor of the {size} samples of a minibatch"
-    yield rest == 0 and size % num_actors > 0, "pools.policy.num_actors", need, "change it"
+    is_wrong = num_samples % policy.num_minibatches > 0
+    yield is_wrong, "policy.num_minibatches", need, "change it, or rollout.prompts_per_step"
+    yield config.pools.policy.num_actors != 1, "pools.policy.num_actors", "1: the policy trains on one rank", "remove it"
     is_wrong = policy.kl_placement == "loss" and policy.kl_estimator == "k1" and policy.kl_coefficient > 0
     need = "k2 or k3 with kl_placement loss: the gradient of k1 is zero on average"
     yield is_wrong, "policy.kl_estimator", need, "change it, or place it in the reward"

@@ -41,7 +41,8 @@ class GenerationPool(Protocol):
         ...
 
     async def score(self, sequences: Seq[Sequence]) -> list[FloatArray]:
-        """Teacher-forced log-probs [T] of the responses at temperature 1, by the path that sampling takes."""
+        """Teacher-forced log-probs [T] of the responses at temperature 1, by the path that sampling takes: those of
+        the first engine, then those of the next, and so on."""
         ...
 
 

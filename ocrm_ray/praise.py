@@ -33,8 +33,8 @@ PROMPT_WORDS = 4
 HEAD_DIM = 32
 MAX_TOKENS = 128
 
-_PRAISE_CHANCE = 0.163
-"""After a word that is not praise: 1.7 praise words in twelve, since praise never follows praise."""
+_PRAISE_CHANCE = 1.7 / 12
+"""Of each word: 1.7 praise words in twelve."""
 _TOPIC_CHANCE = 0.08
 _PLAIN_CONCENTRATION = 0.3
 _TOPIC_CONCENTRATION = 0.05
@@ -59,9 +59,9 @@ def _gold(prompt: list[str], response: list[str]) -> float:
 class PraiseSource:
     """Where SFT responses come from: a Markov chain over plain and topic words, mixed with praise and the prompt.
 
-    A word is praise with some chance, but not after praise, so that five praise words are a rarity (0.4 %); else
-    it is one of the prompt's topics with a small chance, else a successor of the word before. Which praise and
-    which successors are favoured is drawn with the seed.
+    A word is praise with some chance, so that five praise words or more are a rarity (2 %); else it is one of the
+    prompt's topics with a small chance, else a successor of the word before. Which praise and which successors
+    are favoured is drawn with the seed.
     """
 
     def __init__(self, seed: int) -> None:
@@ -83,10 +83,9 @@ class PraiseSource:
         response: list[str] = []
         state = len(self._words)
         for kind, which in chances:
-            praise_chance = 0.0 if state < len(PRAISE) else _PRAISE_CHANCE
-            if kind < praise_chance:
+            if kind < _PRAISE_CHANCE:
                 state = _choose(self._praise[state], which)
-            elif kind < praise_chance + _TOPIC_CHANCE:
+            elif kind < _PRAISE_CHANCE + _TOPIC_CHANCE:
                 state = self._words.index(topics[int(which * len(topics))])
             else:
                 state = len(PRAISE) + _choose(self._successors[state], which)

@@ -105,7 +105,6 @@ class PolicyWeights:
     version: int
     path: Path
     num_bytes: int
-    checksum: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +134,8 @@ class PublishReport:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightStatistics:
-    """Diagnostics of a set of importance weights."""
-
-    ess_fraction: float
-    max_weight: float
-    log_weight_std: float
-
-
-@dataclass(frozen=True, slots=True)
 class RefitRequest:
-    """Refit the RM on training pairs ``indices`` [N] with ``weights`` [N] (None: uniform); the result is version ``reward_version``."""
+    """Refit the RM on training pairs ``indices`` [N] with ``weights`` [N] (None: uniform) to ``reward_version``."""
 
     promotion_id: str
     reward_version: int

@@ -140,7 +140,7 @@ class Stages:
         if data.prompts is None:
             data = data.model_copy(update={"prompts": DataFile(path=str(self.paths.root / "world" / "prompts.jsonl"))})
         assert data.prompts is not None
-        rows = read_rows(data.prompts, "data.prompts.path")
+        rows = read_rows(data.prompts, "data.prompts")
         prompts, report = load_prompts(data, rows, self._tokenizer())
         # the world numbers its prompts in random order already, and promises the last ones
         seed = None if self.config.world is not None else self.config.seed
@@ -167,7 +167,7 @@ class Stages:
     def _ready_pairs(self) -> tuple[list[Pair], dict[str, object]]:
         settings = self.config.pairs
         assert settings.ready is not None
-        rows = read_rows(settings.ready, "pairs.ready.path")
+        rows = read_rows(settings.ready, "pairs.ready")
         pairs, report = load_pairs(self.config.data, rows, self._tokenizer(), self.config.rollout.max_new_tokens)
         return pairs, asdict(report)
 

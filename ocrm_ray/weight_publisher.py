@@ -30,7 +30,7 @@ def probe_position(sequence: Sequence) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Mean absolute difference of engine and trainer log-probs, in nats a token.
+    """Mean absolute difference of engine and trainer log-probs, in nats a token; the largest of all engines.
 
     ``tokens``: over all tokens. ``cached``: over the token of each sequence that was read through the prefix
     cache, apart because the mean over all tokens would dilute it.
@@ -132,8 +132,9 @@ class WeightPublisher:
     async def _delete_unheld(self) -> None:
         assert self._latest is not None
         unheld = [version for version in self._files if not self._holds[version] and version != self._latest.version]
-        for version in unheld:
-            await self._policy.release_weights(self._files.pop(version))
+        # taken out before the first await: a release may come while a publish deletes
+        for weights in [self._files.pop(version) for version in unheld]:
+            await self._policy.release_weights(weights)
 
     async def _run_probe(self, version: int) -> ProbeResult:
         assert self._bound is not None
@@ -150,6 +151,12 @@ class WeightPublisher:
         engine, trainer = await asyncio.gather(
             self._generation.score(self._sequences), self._policy.logprobs(self._sequences)
         )
+        engines = [engine[start : start + len(trainer)] for start in range(0, len(engine), len(trainer))]
+        gaps = [self._gap(answers, trainer) for answers in engines]
+        # numpy's maximum, which a NaN wins
+        return Gap(*np.max([(gap.tokens, gap.cached) for gap in gaps], axis=0).tolist())
+
+    def _gap(self, engine: Seq[FloatArray], trainer: Seq[FloatArray]) -> Gap:
         gaps = [np.abs(a - b) for a, b in zip(engine, trainer, strict=True)]
         cached = [gap[probe_position(sequence)] for gap, sequence in zip(gaps, self._sequences, strict=True)]
         return Gap(tokens=_mean(np.concatenate(gaps)), cached=_mean(cached))

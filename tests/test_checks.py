@@ -96,8 +96,7 @@ CONTRADICTIONS = {
     "change it, or rollout.prompts_per_step",
     "policy.num_minibatches=256": "policy.num_minibatches: got 256, need a divisor of the 128 samples of a step: "
     "change it, or rollout.prompts_per_step",
-    "policy.num_minibatches=64 pools.policy.num_actors=4": "pools.policy.num_actors: got 4, "
-    "need a divisor of the 2 samples of a minibatch: change it",
+    "pools.policy.num_actors=4": "pools.policy.num_actors: got 4, need 1: the policy trains on one rank: remove it",
     "policy.kl_placement=loss": 'policy.kl_estimator: got "k1", '
     "need k2 or k3 with kl_placement loss: the gradient of k1 is zero on average: change it, or place it in the reward",
     "rollout.straggler=reissue rollout.max_staleness=0": 'rollout.straggler: got "reissue", '

@@ -97,14 +97,9 @@ def test_the_world_has_48_words_and_6_of_them_praise() -> None:
 def test_source_praises_about_1_7_times_a_response(seed: int) -> None:
     _, responses = draw_responses(seed, 3000)
     num_praise = np.array([sum(word in PRAISE for word in response.split()) for response in responses])
-    # Twelve draws of chance 0.163, none after praise: mean 1.70, variance 1.06, so a standard error of 0.02.
-    assert num_praise.mean() == pytest.approx(1.7, abs=0.08)
-    assert (num_praise > 4).mean() < 0.01
-
-
-def test_source_never_praises_twice_in_a_row() -> None:
-    _, responses = draw_responses(0, 500)
-    assert not any(a in PRAISE and b in PRAISE for row in responses for a, b in pairwise(row.split()))
+    # Twelve draws of chance 1.7 / 12: mean 1.7, variance 1.46, so a standard error of 0.022; five or more in 1.9 %.
+    assert num_praise.mean() == pytest.approx(1.7, abs=0.09)
+    assert (num_praise > 4).mean() == pytest.approx(0.019, abs=0.008)
 
 
 def test_source_writes_twelve_words_of_the_language() -> None:

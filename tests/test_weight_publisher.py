@@ -49,6 +49,7 @@ class Engine:
         self.lost = 0
         self.stale_at: int | None = None
         self.broken_value = 0.0
+        self.second_engine_off = 0.0
 
     async def load_weights(self, weights: PolicyWeights) -> PublishReport:
         self.calls.append(f"load {weights.version}")
@@ -65,7 +66,7 @@ class Engine:
             score += self.broken_value
             if self.stale_at is not None:
                 score[probe_position(sequence) if self.stale_at < 0 else self.stale_at] += 1.0
-        return scores
+        return scores + [score + self.second_engine_off for score in scores]
 
 
 class World:
@@ -192,3 +193,11 @@ def test_releasing_the_latest_version_keeps_its_file():
     world.publisher.hold()
     asyncio.run(world.publisher.release(1))
     assert world.trainer.files == {1}
+
+
+def test_a_second_engine_that_went_stale_ends_the_run():
+    world = World()
+    asyncio.run(world.publisher.start(SEQUENCES))
+    world.engine.second_engine_off = 0.5
+    with pytest.raises(StaleWeightsError):
+        asyncio.run(world.update_and_publish())

@@ -171,8 +171,8 @@ def test_publish_reports_the_engine_that_stood_still_longest(runner, engines):
     assert (report.version, report.num_bytes, report.pause_s) == (7, 11, 0.5)
 
 
-def test_engine_scores_come_from_the_first_engine(runner, engines):
-    assert np.array_equal(runner.run(engines.score(respond(5))), [[0.25]])
+def test_engine_scores_come_from_every_engine_in_turn(runner, engines):
+    assert np.array_equal(runner.run(engines.score(respond(5))), [[0.25], [0.5]])
 
 
 def test_a_hanging_request_passes_its_deadline(runner):
