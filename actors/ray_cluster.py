@@ -11,7 +11,7 @@ import numpy as np
 from actors.generation import engine_environment
 from actors.generation_group import RayGenerationPool
 from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
-from actors.placement import plan_bundles
+from actors.placement import Bundle, plan_bundles
 from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec
 from ocrm_ray.cluster import Show
@@ -24,6 +24,8 @@ from ocrm_ray.records import FloatArray, GenerationRequest, RefitReport, Sample
 from ocrm_ray.stages import stage_paths
 
 PROGRESS_S = 1.0
+NUM_LOGPROB_PARTS = 40
+"""Messages in which the pairs' log-probs are asked for, so that progress shows."""
 PoolType = TypeVar("PoolType", bound=RayPool)
 
 
@@ -43,25 +45,15 @@ class RayCluster:
         self.config = config
         self.paths = stage_paths(config)
         self.bundles = plan_bundles(config.pools)
+        self._deadlines = config.deadlines
         self._shared_memory = shared_memory
         self._started: dict[str, asyncio.Task[RayPool]] = {}
 
     async def train_sft(self, show: Show) -> None:
         prompts, folder = self.paths.root / "data" / "prompts.jsonl", Path(self.paths.sft)
         pool, base = self.config.pools.policy, self.paths.policy_base
-        # two at once: it tells its progress while it trains
-        spec = replace(self._spec("sft", "actors.sft:SftActor", pool, base, prompts, folder), concurrency=2)
-        trainer = await RayTrainer.start([spec], self.bundles["policy"][:1], self.config.deadlines)
-        actor, deadline_s = trainer.actors[0], self.config.deadlines.request_s
-        try:
-            training = asyncio.ensure_future(actor.call("train", deadline_s=None))
-            while not training.done():
-                await asyncio.wait({training}, timeout=PROGRESS_S)
-                done, total = await actor.call("progress", deadline_s=deadline_s)
-                show(ProgressState(stage="sft", done=done, total=total, unit="steps"))
-            await training
-        finally:
-            await trainer.close()
+        spec = self._spec("sft", "actors.sft:SftActor", pool, base, prompts, folder)
+        await self._train(spec, "train", self.bundles["policy"][:1], show)
 
     async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
         return await (await self._generation()).generate(request)
@@ -69,16 +61,33 @@ class RayCluster:
     async def gold(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
         return await (await self._evaluator()).gold(prompts, responses, references)
 
-    async def train_reward(self) -> dict[str, object]:
-        trainer = await RayTrainer.start([self._refitter(None)], self.bundles["reward"][:1], self.config.deadlines)
-        try:
-            report: RefitReport = await trainer.actors[0].call("fit_first", deadline_s=self.config.deadlines.refit_s)
-        finally:
-            await trainer.close()
+    async def train_reward(self, show: Show) -> dict[str, object]:
+        report: RefitReport = await self._train(
+            replace(self._refitter(None), role="reward"), "fit_first", self.bundles["reward"][:1], show
+        )
         return {"loss": report.loss, "heldout_accuracy": report.heldout_accuracy, "seconds": report.seconds}
 
-    async def behaviour_logprobs(self, num_pairs: int) -> FloatArray:
-        return await (await self._scoring()).pair_logprobs(None, np.arange(num_pairs))
+    async def behaviour_logprobs(self, num_pairs: int, show: Show) -> FloatArray:
+        scoring, parts = await self._scoring(), []
+        for indices in np.array_split(np.arange(num_pairs), min(NUM_LOGPROB_PARTS, num_pairs)):
+            parts.append(await scoring.pair_logprobs(None, indices))
+            num_done = sum(map(len, parts))
+            show(ProgressState(stage="logprobs", done=num_done, total=num_pairs, unit="pairs"))
+        return np.concatenate(parts)
+
+    async def _train(self, spec: ActorSpec, method: str, bundles: list[Bundle], show: Show) -> Any:
+        """Start an actor, let it train, and end it; its progress, told on a second thread, is shown meanwhile."""
+        trainer = await RayTrainer.start([replace(spec, concurrency=2)], bundles, self._deadlines)
+        actor = trainer.actors[0]
+        try:
+            training = asyncio.ensure_future(actor.call(method, deadline_s=None))
+            while not training.done():
+                await asyncio.wait({training}, timeout=PROGRESS_S)
+                done, total = await actor.call("progress", deadline_s=self._deadlines.request_s)
+                show(ProgressState(stage=spec.role, done=done, total=total, unit="steps"))
+            return await training
+        finally:
+            await trainer.close()
 
     async def pools(self) -> Pools:
         """All pools, started side by side."""
@@ -98,7 +107,7 @@ class RayCluster:
     async def _once(self, kind: type[PoolType], specs: Callable[[], list[ActorSpec]]) -> PoolType:
         """The pool of this kind, started at the first call."""
         if kind.name not in self._started:
-            starting: Awaitable[RayPool] = kind.start(specs(), self.bundles[kind.name], self.config.deadlines)
+            starting: Awaitable[RayPool] = kind.start(specs(), self.bundles[kind.name], self._deadlines)
             self._started[kind.name] = asyncio.ensure_future(starting)
         return cast(PoolType, await asyncio.shield(self._started[kind.name]))
 

@@ -95,6 +95,11 @@ class RewardRefitter:
         self._sft_path = sft_path
         self._reward_path = reward_path
         self._run_dir = run_dir
+        self._progress = (0, 0)
+
+    def progress(self) -> tuple[int, int]:
+        """Optimiser steps (done, in all) of the fit that goes on; may be asked from another thread."""
+        return self._progress
 
     def start(self) -> None:
         """Read the pairs."""
@@ -169,6 +174,7 @@ class RewardRefitter:
             weights = None if request.weights is None else request.weights[batch]
             batch_loss = self._train_batch(engine, request.indices[batch], weights, training.micro_batch_size)
             engine.step(cosine_factor(step, len(batches)))
+            self._progress = (step + 1, len(batches))
             if step >= last_epoch:
                 loss += batch_loss * len(batch) / num_pairs
         return loss

@@ -114,7 +114,12 @@ def _policy(config: RunConfig) -> Checks:
     need = f"a divisor of the {num_samples} samples of a step"
     is_wrong = num_samples % policy.num_minibatches > 0
     yield is_wrong, "policy.num_minibatches", need, "change it, or rollout.prompts_per_step"
-    yield config.pools.policy.num_actors != 1, "pools.policy.num_actors", "1: the policy trains on one rank", "remove it"
+    yield (
+        config.pools.policy.num_actors != 1,
+        "pools.policy.num_actors",
+        "1: the policy trains on one rank",
+        "remove it",
+    )
     is_wrong = policy.kl_placement == "loss" and policy.kl_estimator == "k1" and policy.kl_coefficient > 0
     need = "k2 or k3 with kl_placement loss: the gradient of k1 is zero on average"
     yield is_wrong, "policy.kl_estimator", need, "change it, or place it in the reward"

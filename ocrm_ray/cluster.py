@@ -26,11 +26,11 @@ class Cluster(Protocol):
         """Gold scores [N]."""
         ...
 
-    async def train_reward(self) -> dict[str, object]:
+    async def train_reward(self, show: Show) -> dict[str, object]:
         """Train the first reward model on all training pairs, into the reward stage's folder; returns its figures."""
         ...
 
-    async def behaviour_logprobs(self, num_pairs: int) -> FloatArray:
+    async def behaviour_logprobs(self, num_pairs: int, show: Show) -> FloatArray:
         """Summed log-probs [N, 2] of the training pairs under who wrote them, at their own temperature."""
         ...
 

@@ -175,12 +175,13 @@ class Stages:
         return await sample_pairs(self.config, self.cluster, self.training_prompts(), self._tokenizer(), self.show)
 
     async def _reward(self, folder: StageFolder) -> dict[str, object]:
-        return await self.cluster.train_reward()
+        return await self.cluster.train_reward(self.show)
 
     async def _logprobs(self, folder: StageFolder) -> dict[str, object]:
         from safetensors.numpy import save_file
 
-        logprobs = await self.cluster.behaviour_logprobs(len(read_pairs(self.paths.train_pairs)))
+        num_pairs = len(read_pairs(self.paths.train_pairs))
+        logprobs = await self.cluster.behaviour_logprobs(num_pairs, self.show)
         save_file({"logprobs": logprobs}, folder.path / "behaviour.safetensors")
         return {"mean": float(logprobs.mean())}
 
