@@ -1,7 +1,9 @@
 """The driver: starts Ray and the coordinator's actor, and shows progress until it is done."""
 
 import asyncio
+import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from actors.session import Session, ray_session
 from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import study_runs
 from ocrm_ray.progress import ProgressDisplay
-from ocrm_ray.study_report import write_study
+from ocrm_ray.study_report import study_table, write_study
 
 COORDINATOR_CPUS = 0.1
 POLL_S = 0.5
@@ -19,26 +21,48 @@ POLL_S = 0.5
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, resume: bool) -> None:
-    """One run, to its report. Stages that are done are skipped; ``resume`` goes on in a folder that has RL metrics."""
+def run(config: RunConfig, resume: bool) -> str:
+    """One run, to its report; returns closing words. Stages that are done are skipped.
+
+    ``resume`` allows a folder that has RL metrics: a finished run is left as it is, else RL starts over.
+    """
+    report = config.run_dir / "report.html"
+    if resume and (config.run_dir / "summary.json").exists():
+        return f"this run is done\nreport: {report}"
+    if resume:
+        forget_training(config.run_dir)
     with ray_session(config.name) as session, ProgressDisplay() as display:
-        asyncio.run(_run(config, session, display, arm=None))
+        summary = asyncio.run(_run(config, session, display, arm=None))
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float))
+    return f"{figures}\nreport: {report}"
 
 
-def run_study(study: StudyConfig) -> Path:
+def run_study(study: StudyConfig) -> str:
     """Every arm with every seed, one after the other over shared stages; an arm that has its summary is skipped.
 
-    Returns the study's report.
+    Returns the table, and where the report is.
     """
     with ray_session(study.name) as session, ProgressDisplay() as display:
         for arm, seed, config in study_runs(study, cwd=Path.cwd()):
             if not (config.run_dir / "summary.json").exists():
+                forget_training(config.run_dir)
                 asyncio.run(_run(config, session, display, arm=f"{arm} seed {seed}"))
-    return write_study(study.output_dir / study.name, list(study.arms), study.seeds)
+    folder = study.output_dir / study.name
+    page = write_study(folder, list(study.arms), study.seeds)
+    table = study_table(json.loads((folder / "study.json").read_text(encoding="utf-8")))
+    return f"{table}\nreport: {page}"
 
 
-async def _run(config: RunConfig, session: Session, display: ProgressDisplay, arm: str | None) -> None:
-    """Run the coordinator's actor to its end; its own error is raised here."""
+def forget_training(run_dir: Path) -> None:
+    """Remove what an unfinished RL wrote: it starts over, and its lines must not mix with the new ones."""
+    for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl", "summary.json"):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ("tensorboard", "checkpoints", "policy", "policy-best", "reward", "plots"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+
+
+async def _run(config: RunConfig, session: Session, display: ProgressDisplay, arm: str | None) -> dict[str, object]:
+    """Run the coordinator's actor to its end and return its summary; its own error is raised here."""
     group = await place("coordinator", [{"CPU": COORDINATOR_CPUS}], config.deadlines.start_s)
     spec = ActorSpec(
         role="coordinator",
@@ -52,7 +76,8 @@ async def _run(config: RunConfig, session: Session, display: ProgressDisplay, ar
         await coordinator.start(config.deadlines.start_s)
         running = asyncio.ensure_future(coordinator.call("run", deadline_s=None))
         await _show_until_done(running, coordinator, display, arm, config.deadlines.request_s)
-        await running
+        summary: dict[str, object] = await running
+        return summary
     finally:
         coordinator.kill()
 

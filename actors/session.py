@@ -20,6 +20,8 @@ from actors.shared_memory import shared_folder
 from ocrm_ray.errors import Problem, UserError
 
 LOOPBACK = "127.0.0.1"
+LOCAL_FOLDER = Path(f"/tmp/ray-{os.getuid()}")
+"""Of a local cluster's sockets and logs: short, since socket paths have at most 107 characters, and the user's own."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local cluster: sequences and log-probs pass through it, weights do not."""
 CONNECT_S = 10.0
@@ -33,6 +35,12 @@ class Session:
     address: str
     logs: Path
     shared_memory: Path
+
+
+def log_folder() -> str:
+    """Where the processes of the last run logged, for people to read."""
+    folder = Path("session_latest") / "logs"
+    return f"/tmp/ray/{folder} on the cluster's nodes" if "RAY_ADDRESS" in os.environ else str(LOCAL_FOLDER / folder)
 
 
 @contextmanager
@@ -100,8 +108,7 @@ def _local_options() -> dict[str, Any]:
         "include_dashboard": False,
         "num_cpus": os.cpu_count(),
         "object_store_memory": OBJECT_STORE_BYTES,
-        # short and the user's own: socket paths have at most 107 characters
-        "_temp_dir": f"/tmp/ray-{os.getuid()}",
+        "_temp_dir": str(LOCAL_FOLDER),
         # a variable rather than sys.path: the processes that vLLM spawns import from it too
         "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(search_path))}},
     }

@@ -5,10 +5,8 @@ Exit status: 0 done; 1 a failure of the run; 2 the user's mistake, one line a pr
 """
 
 import argparse
-import os
 import shlex
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,11 +132,11 @@ def _refuse(config: "RunConfig | StudyConfig", more: Sequence[Problem] = ()) -> 
         raise UserError(list(dict.fromkeys(problems)))
 
 
-def _guarded(launch: Callable[[], object], folder: Path, again: Sequence[str]) -> int:
-    """Launch; a failure is told as its cause, where the logs are, how to resume."""
+def _guarded(launch: Callable[[], str], folder: Path, again: Sequence[str]) -> int:
+    """Launch and print its closing words; a failure is told as its cause, where the logs are, how to resume."""
     resume = f"resume: {shlex.join(['ocrm-ray', *again])}"
     try:
-        launch()
+        sys.stdout.write(f"{launch()}\n")
     except UserError:
         raise
     except KeyboardInterrupt:
@@ -146,12 +144,13 @@ def _guarded(launch: Callable[[], object], folder: Path, again: Sequence[str]) -
         return INTERRUPTED
     except Exception as error:
         is_known = isinstance(error, RunError)
-        ray_folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()) / "ray"
+        from actors.session import log_folder
+
         _say(
             f"error: {error}" if is_known else f"error: {type(error).__name__}: {error}",
             f"run folder: {folder}",
             f"events: {folder / 'events.jsonl'}",
-            f"logs of the processes: {ray_folder / 'session_latest' / 'logs'}",
+            f"logs of the processes: {log_folder()}",
             resume,
             *([] if is_known else ["", traceback.format_exc().rstrip()]),
         )

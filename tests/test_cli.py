@@ -40,8 +40,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 def launch_with(monkeypatch: pytest.MonkeyPatch, function: Callable[..., object]) -> None:
     launcher = ModuleType("actors.launcher")
-    launcher.run = lambda config, resume: function(config, resume)  # type: ignore[attr-defined]
-    launcher.run_study = lambda study: function(study)  # type: ignore[attr-defined]
+    launcher.run = lambda config, resume: function(config, resume) or ""  # type: ignore[attr-defined]
+    launcher.run_study = lambda study: function(study) or ""  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "actors.launcher", launcher)
 
 
@@ -194,13 +194,14 @@ def test_a_failure_of_the_run_tells_cause_logs_and_how_to_resume(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launch_with(monkeypatch, fail_with(DeadlineError("no answer of pools.reward within 900 s")))
-    monkeypatch.setenv("RAY_TMPDIR", "/scratch")
+    monkeypatch.setattr("actors.session.LOCAL_FOLDER", Path("/scratch"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main(["run", "run.yaml", "data={num_heldout: 1024}"]) == 1
     assert capsys.readouterr().err == (
         "error: no answer of pools.reward within 900 s\n"
         "run folder: runs/trial\n"
         "events: runs/trial/events.jsonl\n"
-        "logs of the processes: /scratch/ray/session_latest/logs\n"
+        "logs of the processes: /scratch/session_latest/logs\n"
         "resume: ocrm-ray run run.yaml --resume 'data={num_heldout: 1024}'\n"
     )
 
