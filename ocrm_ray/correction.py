@@ -70,9 +70,16 @@ class Corrector:
 
     async def prepare(self, snapshot: PolicyWeights) -> Candidate:
         """Refit for the policy ``snapshot`` and stage the result in every pool; nothing live changes."""
+        self._emit("correction_started", snapshot_version=snapshot.version, strategy=self.settings.strategy)
+        try:
+            return await self._prepare(snapshot)
+        except Exception as error:
+            self._emit("correction_failed", snapshot_version=snapshot.version, error=f"{type(error).__name__}: {error}")
+            raise
+
+    async def _prepare(self, snapshot: PolicyWeights) -> Candidate:
         started, num_finished = time.monotonic(), self._buffer.num_finished
         promotion_id = f"snapshot-{snapshot.version}"
-        self._emit("correction_started", snapshot_version=snapshot.version, strategy=self.settings.strategy)
         indices = self._draw_pairs(snapshot.version)
         weights, ess_fraction = await self._weights(snapshot, indices)
         refit = await self._refit(promotion_id, indices, weights, snapshot.version)

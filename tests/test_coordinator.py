@@ -157,6 +157,12 @@ def test_a_failing_task_ends_the_run_with_its_own_error(tmp_path: Path, fakes: o
         run(tiny_run(), fakes(), tmp_path)  # type: ignore[operator]
 
 
+def test_a_failed_correction_is_an_event_with_its_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="refit diverged"):
+        run(tiny_run(), FakePools(reward=FakeReward(fail_refit=True)), tmp_path)
+    assert [row["error"] for row in events(tmp_path, "correction_failed")] == ["RuntimeError: refit diverged"]
+
+
 def test_an_evaluation_samples_one_exact_version(tmp_path: Path) -> None:
     fakes = FakePools(generation=FakeGeneration(seconds=lambda n: 3.0 if n % 5 else 9.0))
     run(tiny_run(), fakes, tmp_path)
