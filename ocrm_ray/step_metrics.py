@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from ocrm_ray.metered import ROLLOUT_SCORING
 from ocrm_ray.metrics import BusyMeter, StepRecord
 from ocrm_ray.records import Rollout, UpdateReport
 from ocrm_ray.rollout_scoring import ScoreVersions
@@ -16,13 +17,15 @@ class StepTimes:
     step_s: float
     section_s: Mapping[str, float]
     idle_share: Mapping[str, float]
+    scoring_s: float
+    """While rollouts were being scored."""
 
     @property
     def stage_s(self) -> dict[str, float]:
         """Busy seconds of each stage: they overlap, so their sum exceeds the step where the pipeline works."""
         return {
             "generate": self.step_s * (1 - self.idle_share["generation"]),
-            "score": self.step_s * (1 - min(self.idle_share["scoring"], self.idle_share["reward"])),
+            "score": self.scoring_s,
             "train": self.section_s.get("train", 0.0),
             "publish": self.section_s.get("publish", 0.0),
         }
@@ -51,11 +54,10 @@ class StepClock:
 
     def close(self) -> StepTimes:
         now = self.clock()
-        times = StepTimes(
-            step_s=now - self.started,
-            section_s=self.section_s,
-            idle_share={name: meter.idle_share_since_last() for name, meter in self.meters.items()},
-        )
+        step_s = now - self.started
+        idle_share = {name: meter.idle_share_since_last() for name, meter in self.meters.items()}
+        scoring_s = step_s * (1 - idle_share.pop(ROLLOUT_SCORING))
+        times = StepTimes(step_s, self.section_s, idle_share, scoring_s)
         self.started, self.section_s = now, {}
         return times
 

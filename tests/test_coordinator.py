@@ -157,6 +157,14 @@ def test_a_failing_task_ends_the_run_with_its_own_error(tmp_path: Path, fakes: o
         run(tiny_run(), fakes(), tmp_path)  # type: ignore[operator]
 
 
+def test_a_refit_keeps_the_reward_pool_busy_but_is_no_rollout_scoring(tmp_path: Path) -> None:
+    fakes = FakePools(reward=FakeReward(refit_s=lambda n: float("inf")))
+    run(tiny_run(), fakes, tmp_path)
+    row = metrics(tmp_path)[-2]
+    assert row["idle_share"]["reward"] == pytest.approx(0.0)  # type: ignore[index]
+    assert row["stage_s"]["score"] == pytest.approx(0.1)  # type: ignore[index]
+
+
 def test_a_failed_correction_is_an_event_with_its_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="refit diverged"):
         run(tiny_run(), FakePools(reward=FakeReward(fail_refit=True)), tmp_path)
