@@ -167,9 +167,12 @@ class RayCluster:
         ]
 
     def _specs(self, pool_name: str, path: str, pool: Pool, *arguments: Any) -> list[ActorSpec]:
-        """One spec a bundle of the pool."""
-        num_actors = len(self.bundles[pool_name])
-        return [self._spec(f"{pool_name}-{number}", path, pool, *arguments) for number in range(num_actors)]
+        """One spec a bundle of the pool; scorers and servers have a second thread, to stage beside live scores."""
+        concurrency = 2 if pool_name in ("scoring", "reward") else 1
+        return [
+            replace(self._spec(f"{pool_name}-{number}", path, pool, *arguments), concurrency=concurrency)
+            for number in range(len(self.bundles[pool_name]))
+        ]
 
     def _spec(self, role: str, path: str, pool: Pool, *arguments: Any) -> ActorSpec:
         return ActorSpec(role, path, (self.config, *arguments), pool.threads_per_actor)

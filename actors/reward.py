@@ -31,13 +31,16 @@ FIRST = "first"
 
 
 class RewardServer:
-    """Scores, calibrated on the frozen set; a candidate is loaded into a slot beside the live model."""
+    """Scores, calibrated on the frozen set; a candidate is loaded into a slot beside the live model.
+
+    ``stage`` may run on a second thread: a slot is one tuple that ``score`` reads once.
+    """
 
     def __init__(self, config: RunConfig, reward_path: str) -> None:
         """``reward_path``: the first reward model."""
         self._config = config
         self._reward_path = reward_path
-        self._staged: tuple[str, ScalarModel, Calibration] | None = None
+        self._staged: tuple[str, tuple[ScalarModel, Calibration]] | None = None
         self._committed: str | None = None
 
     def start(self) -> None:
@@ -47,33 +50,35 @@ class RewardServer:
         self._pad_id = load_tokenizer(self._reward_path, trust_remote_code=config.trust_remote_code).pad_token_id
         pairs = read_pairs(config.stage_root / "pairs" / "train.jsonl")
         self._calibration_set = SequenceTable(calibration_sequences(pairs, config.reward.num_calibration), self._pad_id)
-        self._model, self._calibration = self._load(self._reward_path)
+        self._live = self._load(self._reward_path)
 
     def score(self, sequences: Seq[Sequence], slot: str = LIVE) -> FloatArray:
         """Calibrated scores [N], read at the last token; ``slot``: ``live`` or a promotion_id."""
-        model, found = self._model, self._calibration
-        if self._staged is not None and slot == self._staged[0]:
-            _, model, found = self._staged
-        else:
-            # A score of a staged model may still be asked for when that model has just become the live one.
-            assert slot in (LIVE, self._committed), f"no reward model in slot {slot}"
+        model, found = self._slot(slot)
         scores = self._raw_scores(model, SequenceTable(sequences, self._pad_id))
         return recentre(scores, found.mean, found.std, self._config.reward.scale == "calibration_std").numpy()
 
     def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
         """Load a candidate beside the live model and calibrate it."""
-        model, found = self._load(refit.path)
-        self._staged = (promotion_id, model, found)
-        return found
+        candidate = self._load(refit.path)
+        self._staged = (promotion_id, candidate)
+        return candidate[1]
 
     def commit(self, promotion_id: str, reward_version: int) -> None:
         """The staged model, if there is one of this promotion, is live. Again: no effect."""
         if promotion_id == self._committed:
             return
         if self._staged is not None and self._staged[0] == promotion_id:
-            _, self._model, self._calibration = self._staged
-            self._staged = None
-        self._committed = promotion_id
+            self._live = self._staged[1]
+        self._committed, self._staged = promotion_id, None
+
+    def _slot(self, slot: str) -> tuple[ScalarModel, Calibration]:
+        """A score of a staged model may still be asked for when that model has just become the live one."""
+        staged = self._staged
+        if staged is not None and slot == staged[0]:
+            return staged[1]
+        assert slot in (LIVE, self._committed), f"no reward model in slot {slot}"
+        return self._live
 
     def _load(self, path: str | Path) -> tuple[ScalarModel, Calibration]:
         dtype = self._config.pools.reward.dtype

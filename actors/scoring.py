@@ -20,7 +20,10 @@ LIVE = "live"
 
 
 class ScoringActor:
-    """Slots: the SFT model, the live anchor (at first the SFT model itself), one staged anchor, one snapshot."""
+    """Slots: the SFT model, the live anchor (at first the SFT model itself), one staged anchor, one snapshot.
+
+    ``stage_anchor`` may run on a second thread: ``score`` reads a slot once.
+    """
 
     def __init__(self, config: RunConfig, sft_path: str) -> None:
         self._config = config
@@ -77,9 +80,8 @@ class ScoringActor:
         if promotion_id == self._committed:
             return
         if self._staged is not None and self._staged[0] == promotion_id:
-            self._anchor, self._staged = self._staged[1], None
-        self._snapshot = None
-        self._committed = promotion_id
+            self._anchor = self._staged[1]
+        self._committed, self._staged, self._snapshot = promotion_id, None, None
 
     def close(self) -> None:
         """Free the networks."""
@@ -87,8 +89,9 @@ class ScoringActor:
 
     def _network(self, slot: str) -> Any:
         """A score of a staged anchor may still be asked for when that anchor has just become the live one."""
-        if self._staged is not None and slot == self._staged[0]:
-            return self._staged[1]
+        staged = self._staged
+        if staged is not None and slot == staged[0]:
+            return staged[1]
         assert slot in (LIVE, self._committed), f"no anchor in slot {slot}"
         return self._anchor
 

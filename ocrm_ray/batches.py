@@ -86,17 +86,6 @@ class SequenceTable:
         )
 
 
-def pad_batch(sequences: Seq[Sequence], pad_id: int) -> PaddedBatch:
-    """All ``sequences`` as one batch on the CPU."""
-    return SequenceTable(sequences, pad_id).batch(range(len(sequences)))
-
-
-def chunks_by_length(sequences: Seq[Sequence], batch_size: int) -> list[list[int]]:
-    """Indices in chunks of at most ``batch_size``, longest sequences first, so that little is padding."""
-    lengths = _lengths(sequence.prompt_ids for sequence in sequences)
-    return length_chunks(lengths + _lengths(sequence.response_ids for sequence in sequences), batch_size)
-
-
 def length_chunks(lengths: IntArray, batch_size: int) -> list[list[int]]:
     """Indices of ``lengths`` in chunks of at most ``batch_size``, longest first (ties in order)."""
     order = np.argsort(-lengths, kind="stable")

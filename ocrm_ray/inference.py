@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ocrm_ray.algorithm.logprobs import sequence_logprobs
 from ocrm_ray.batches import PaddedBatch, SequenceTable, cut_rows, length_chunks
 from ocrm_ray.networks import last_token_scores, response_logprobs, response_values
 from ocrm_ray.records import FloatArray, IntArray
@@ -23,12 +24,12 @@ def table_values(model: Any, table: SequenceTable, batch_size: int) -> list[Floa
 
 def row_sums(model: Any, table: SequenceTable, rows: IntArray, temperature: float, batch_size: int) -> Tensor:
     """Summed response log-probs, float32 [N] on the CPU, of table rows ``rows`` [N]."""
-    return _numbers(
-        table,
-        rows,
-        batch_size,
-        lambda batch: response_logprobs(model, batch.to(_device(model)), temperature).sum(1),
-    )
+
+    def sums(batch: PaddedBatch) -> Tensor:
+        batch = batch.to(_device(model))
+        return sequence_logprobs(response_logprobs(model, batch, temperature), batch.response_mask)
+
+    return _numbers(table, rows, batch_size, sums)
 
 
 def row_scores(model: Any, table: SequenceTable, rows: IntArray, batch_size: int) -> Tensor:

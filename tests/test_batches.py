@@ -1,7 +1,8 @@
 import numpy as np
 import torch
+from tiny_models import pad_batch
 
-from ocrm_ray.batches import SequenceTable, chunks_by_length, cut_rows, pad_batch, pad_rows
+from ocrm_ray.batches import SequenceTable, cut_rows, length_chunks, pad_rows
 from ocrm_ray.records import Sequence
 
 SEQUENCES = [
@@ -38,8 +39,7 @@ def test_table_gives_any_rows_in_the_order_asked_for():
 
 def test_chunks_hold_every_index_once_and_do_not_mix_lengths_needlessly():
     lengths = [3, 9, 1, 7, 5, 9, 2]
-    sequences = [Sequence((1,), tuple(range(length)), False) for length in lengths]
-    chunks = chunks_by_length(sequences, 3)
+    chunks = length_chunks(np.array(lengths), 3)
     assert [[lengths[index] for index in chunk] for chunk in chunks] == [[9, 9, 7], [5, 3, 2], [1]]
     assert sorted(index for chunk in chunks for index in chunk) == list(range(7))
 

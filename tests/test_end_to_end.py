@@ -51,13 +51,11 @@ def events(study_dir: Path, arm: str) -> list[dict[str, object]]:
     return jsonl(study_dir / arm / "seed-3" / "events.jsonl")
 
 
-@pytest.fixture(scope="module")
-def study_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(STUDY | {"output_dir": str(folder / "runs")}))
+def ocrm_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the program in a process of its own; it must succeed and leave nothing in shared memory."""
     shared_before = set(Path("/dev/shm").glob("ocrm-*"))
     done = subprocess.run(
-        [sys.executable, "-m", "ocrm_ray", "study", str(folder / "tiny.yaml")],
+        [sys.executable, "-m", "ocrm_ray", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -66,6 +64,14 @@ def study_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(Path("/dev/shm").glob("ocrm-*")) <= shared_before
+    return done
+
+
+@pytest.fixture(scope="module")
+def study_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(STUDY | {"output_dir": str(folder / "runs")}))
+    ocrm_ray("study", str(folder / "tiny.yaml"))
     return folder / "runs" / "tiny"
 
 
@@ -136,3 +142,36 @@ def test_the_study_ends_with_a_table_and_reports(study_dir: Path) -> None:
     assert set(json.loads((study_dir / "study.json").read_text())["arms"]) == set(STUDY["arms"])
     assert (study_dir / "study.html").stat().st_size > 1000
     assert (study_dir / "overlapped" / "seed-3" / "report.html").exists()
+
+
+def test_ready_pairs_run_without_gold_on_two_engines(study_dir: Path, tmp_path: Path) -> None:
+    shared = study_dir / "shared" / "seed-3"
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for pair in jsonl(shared / "pairs" / "train.jsonl"):
+            texts = {side: pair[side]["text"] for side in ("chosen", "rejected")}  # type: ignore[index]
+            file.write(json.dumps({"prompt": pair["prompt"], **texts}) + "\n")
+    config = {
+        "name": "ready",
+        "output_dir": str(tmp_path),
+        "data": {"prompts": {"path": str(shared / "world" / "prompts.jsonl")}, "num_heldout": 32},
+        "sft": {"ready": str(shared / "sft")},
+        "pairs": {"ready": {"path": str(tmp_path / "pairs.jsonl")}},
+        "reward": {"num_calibration": 64},
+        "rollout": {"prompts_per_step": 8, "max_new_tokens": 13, "max_staleness": 2, "straggler": "reissue"},
+        "policy": {"algorithm": "grpo", "num_updates": 6, "kl_placement": "loss", "kl_estimator": "k3"},
+        "correction": {"every": 2, "max_lag": 1, "rm_init": "sft", "kl_reference": "moving", "num_pairs": 200},
+        "evaluation": {"every": 3, "num_prompts": 32, "num_pair_prompts": 8, "num_samples_saved": 2},
+        "pools": {"generation": {"num_actors": 2, "kv_cache_gib": 0.25}},
+    }
+    config["data"]["max_prompt_tokens"] = 16  # type: ignore[index]
+    (tmp_path / "ready.yaml").write_text(yaml.safe_dump(config))
+    ocrm_ray("run", str(tmp_path / "ready.yaml"))
+    run_dir = tmp_path / "ready"
+    promoted = [row for row in jsonl(run_dir / "events.jsonl") if row["event"] == "promoted"]
+    assert len(promoted) >= 2
+    assert all(row["lag_steps"] == 1 for row in promoted)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["gold_mean"] is None
+    assert summary["proxy_mean"] is not None
+    assert "gold" in (run_dir / "report.html").read_text()

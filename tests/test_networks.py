@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import EOS, build_policy, build_tokenizer, llama_config
+from tiny_models import EOS, build_policy, build_tokenizer, llama_config, pad_batch
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from ocrm_ray.batches import pad_batch
 from ocrm_ray.networks import (
     last_token_scores,
     load_causal_lm,

@@ -105,3 +105,10 @@ def scored_rollout(sequences, logprobs, rewards, *, versions=(0, 0), sampled_at=
         Scores(reward, versions[0], row, versions[1], row) for reward, row in zip(rewards, anchor, strict=True)
     )
     return Rollout(Prompt(0, "", sequences[0].prompt_ids), samples, 0, scores)
+
+
+def pad_batch(sequences, pad_id: int):
+    """All ``sequences`` as one batch on the CPU."""
+    from ocrm_ray.batches import SequenceTable
+
+    return SequenceTable(sequences, pad_id).batch(range(len(sequences)))

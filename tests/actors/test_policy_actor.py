@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tiny_models import (
     EOS,
     build_policy,
+    pad_batch,
     random_pairs,
     run_config,
     save_pairs,
@@ -19,7 +20,6 @@ from tiny_models import (
 
 from actors.policy import PolicyActor
 from actors.training_engine import EngineSettings, TrainingEngine
-from ocrm_ray.batches import pad_batch
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import load_causal_lm, response_logprobs
 from ocrm_ray.records import RefitReport, Sequence

@@ -6,10 +6,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tiny_models import BAD, EOS, GOOD, random_pairs, run_config, save_pairs, save_policy, save_reward_model
+from tiny_models import BAD, EOS, GOOD, pad_batch, random_pairs, run_config, save_pairs, save_policy, save_reward_model
 
 from actors.reward import RewardRefitter, RewardServer
-from ocrm_ray.batches import pad_batch
 from ocrm_ray.networks import last_token_scores, load_reward_model
 from ocrm_ray.preferences import Pair
 from ocrm_ray.records import RefitReport, RefitRequest

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import EOS, build_policy, random_pairs, run_config, save_pairs, save_policy
+from tiny_models import EOS, build_policy, pad_batch, random_pairs, run_config, save_pairs, save_policy
 
 from actors.scoring import ScoringActor
-from ocrm_ray.batches import pad_batch
 from ocrm_ray.networks import response_logprobs
 from ocrm_ray.records import PolicyWeights
 

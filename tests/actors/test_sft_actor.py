@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import EOS, run_config, save_policy
+from tiny_models import EOS, pad_batch, run_config, save_policy
 
 from actors.sft import SftActor
-from ocrm_ray.batches import pad_batch
 from ocrm_ray.networks import load_causal_lm, load_tokenizer, response_logprobs
 from ocrm_ray.prompts import write_prompts
 from ocrm_ray.records import Prompt, Sequence
