@@ -95,21 +95,24 @@ class Stages:
             read = file_fingerprint(source) if source else self.folder("world").fingerprint
             return {"seed": config.seed, "data": config.data, "read": read, "tokenizer": self._sft_source()}
         if name == "sft":
-            return {"sft": config.sft, "base": self._sft_source(), "data": self.folder("data").fingerprint}
+            trainer = (config.pools.policy.dtype, config.policy.max_grad_norm, config.rollout.max_new_tokens)
+            data = self.folder("data").fingerprint
+            return {"sft": config.sft, "base": self._sft_source(), "trainer": trainer, "data": data}
         if name == "pairs":
             ready = config.pairs.ready
-            limits = (config.rollout.max_new_tokens, config.gold, file_fingerprint(ready.path) if ready else None)
-            return {"pairs": config.pairs, "limits": limits, "sft": self.folder("sft").fingerprint}
+            sampler = (config.rollout.max_new_tokens, config.pools.generation.dtype, config.gold)
+            content = file_fingerprint(ready.path) if ready else None
+            return {"pairs": config.pairs, "sampler": sampler, "read": content, "sft": self.folder("sft").fingerprint}
         if name == "reward":
             base = file_fingerprint(config.reward.base) if config.reward.base else None
             return {
                 "training": config.reward.training,
                 "base": base,
-                "dtype": config.pools.policy.dtype,
+                "dtype": config.pools.reward.dtype,
                 "pairs": self.folder("pairs").fingerprint,
             }
         assert name == "logprobs"
-        behaviour = (config.pairs.behaviour, config.pairs.temperature, config.pools.scoring.dtype)
+        behaviour = (file_fingerprint(config.pairs.behaviour), config.pairs.temperature, config.pools.scoring.dtype)
         return {"behaviour": behaviour, "pairs": self.folder("pairs").fingerprint}
 
     def _sft_source(self) -> str:

@@ -1,0 +1,170 @@
+"""The stages before RL over a cluster that needs no networks: what is done, skipped, and done again."""
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ocrm_ray import praise
+from ocrm_ray.config import RunConfig
+from ocrm_ray.preferences import read_pairs
+from ocrm_ray.prompts import read_prompts
+from ocrm_ray.records import GenerationRequest, Sample, Sequence
+from ocrm_ray.stage_folder import StageFolder
+from ocrm_ray.stages import Stages, shuffled_epochs, stage_paths
+
+EOS = 1
+
+
+class OfflineCluster:
+    """Samples by the request's seed, copies models instead of training them, and remembers what it was asked for."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.paths = stage_paths(config)
+        self.calls: list[str] = []
+        self.requests: list[GenerationRequest] = []
+
+    async def train_sft(self, show: object) -> None:
+        self.calls.append("sft")
+        shutil.copytree(self.paths.policy_base, self.paths.sft, dirs_exist_ok=True)
+
+    async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
+        self.requests.append(request)
+        samples = []
+        for index in range(request.num_samples):
+            rng = np.random.default_rng(request.seed + index)
+            response = (*rng.integers(3, len(praise.VOCABULARY), 4).tolist(), EOS)
+            sequence = Sequence(request.prompt.token_ids, response, True)
+            samples.append(Sample(sequence, np.zeros(5, dtype=np.float32), 0, 0))
+        return tuple(samples)
+
+    async def gold(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
+        self.calls.append("gold")
+        return praise.gold(prompts, responses, references)
+
+    async def train_reward(self, show: object) -> dict[str, object]:
+        self.calls.append("reward")
+        return {"loss": 0.5}
+
+    async def behaviour_logprobs(self, num_pairs: int, show: object) -> np.ndarray:
+        self.calls.append("logprobs")
+        return np.arange(2 * num_pairs, dtype=np.float32).reshape(-1, 2)
+
+
+def tiny_config(output_dir: Path, **changes: object) -> RunConfig:
+    tree: dict[str, object] = {
+        "name": "tiny",
+        "output_dir": str(output_dir),
+        "seed": 5,
+        "world": {"num_prompts": 60},
+        "data": {"num_heldout": 10},
+        "pairs": {"num_pairs": 120, "labels": "argmax"},
+        "rollout": {"max_new_tokens": 13},
+    }
+    return RunConfig.model_validate(tree | changes)
+
+
+def run_stages(config: RunConfig) -> OfflineCluster:
+    cluster = OfflineCluster(config)
+    asyncio.run(Stages(config, cluster, lambda state: None).run())  # type: ignore[arg-type]
+    return cluster
+
+
+def test_every_stage_runs_once_in_order_and_is_skipped_the_second_time(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    assert run_stages(config).calls == ["sft", "gold", "reward", "logprobs"]
+    again = run_stages(config)
+    assert again.calls == []
+    assert again.requests == []
+
+
+def test_a_changed_setting_redoes_its_stage_and_those_after_it_but_none_before(tmp_path: Path) -> None:
+    run_stages(tiny_config(tmp_path))
+    changed = tiny_config(tmp_path, reward={"training": {"num_epochs": 2}})
+    assert run_stages(changed).calls == ["reward"]
+    changed = tiny_config(tmp_path, pairs={"num_pairs": 120, "labels": "bradley_terry"})
+    assert run_stages(changed).calls == ["gold", "reward", "logprobs"]
+
+
+def test_an_interrupted_stage_is_done_again(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    run_stages(config)
+    (config.stage_root / "pairs" / "stage.json").unlink()
+    assert run_stages(config).calls == ["gold"]
+
+
+def test_a_data_file_with_other_content_under_the_same_name_is_read_again(tmp_path: Path) -> None:
+    world = tmp_path / "world"
+    praise.write_world(world, tiny_config(tmp_path).world, seed=5)  # type: ignore[arg-type]
+    data, model = tmp_path / "prompts.jsonl", str(world / "policy")
+    tree = {"world": None, "sft": {"ready": model}, "gold": {"kind": "function", "path": "ocrm_ray.praise:gold"}}
+    tree |= {"reward": {"ready": model}, "data": {"prompts": {"path": str(data)}, "num_heldout": 10}}
+    rows = (world / "prompts.jsonl").read_text().splitlines()
+    data.write_text("\n".join(rows))
+    config = tiny_config(tmp_path, **tree)
+    assert run_stages(config).calls == ["gold", "logprobs"]
+    assert run_stages(config).calls == []
+    data.write_text("\n".join(rows[:-1]))
+    assert run_stages(config).calls == ["gold", "logprobs"]
+    assert len(read_prompts(config.stage_root / "data" / "prompts.jsonl")) == 49
+
+
+def test_a_strategy_without_ratios_needs_no_log_probs(tmp_path: Path) -> None:
+    assert "logprobs" not in run_stages(tiny_config(tmp_path, correction={"strategy": "none"})).calls
+
+
+def test_training_and_held_out_prompts_share_nothing_and_pairs_use_training_prompts_evenly(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    cluster = run_stages(config)
+    training = read_prompts(config.stage_root / "data" / "prompts.jsonl")
+    heldout = read_prompts(config.stage_root / "data" / "heldout.jsonl")
+    assert (len(training), len(heldout)) == (50, 10)
+    assert not {prompt.token_ids for prompt in training} & {prompt.token_ids for prompt in heldout}
+    assert sorted(request.num_samples for request in cluster.requests) == [4] * 30 + [6] * 20
+    assert {request.prompt.prompt_id for request in cluster.requests} == {prompt.prompt_id for prompt in training}
+
+
+def test_no_two_samples_of_the_pairs_share_a_seed(tmp_path: Path) -> None:
+    requests = run_stages(tiny_config(tmp_path)).requests
+    seeds = [request.seed + index for request in requests for index in range(request.num_samples)]
+    assert len(set(seeds)) == len(seeds) == 240
+
+
+def test_argmax_labels_prefer_the_higher_gold(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    run_stages(config)
+    pairs = read_pairs(config.stage_root / "pairs" / "train.jsonl")
+    assert len(pairs) > 100
+    for pair in pairs:
+        scores = praise.gold([pair.prompt_text] * 2, [pair.chosen_text, pair.rejected_text], [None, None])
+        assert scores == pytest.approx([pair.gold_chosen, pair.gold_rejected])
+        assert scores[0] >= scores[1]
+
+
+def test_cached_log_probs_come_back_as_they_were(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    cluster = run_stages(config)
+    logprobs = Stages(config, cluster, lambda state: None).behaviour_logprobs()  # type: ignore[arg-type]
+    num_pairs = len(read_pairs(config.stage_root / "pairs" / "train.jsonl"))
+    assert np.array_equal(logprobs, np.arange(2 * num_pairs, dtype=np.float32).reshape(-1, 2))
+
+
+def test_a_stage_is_done_only_with_the_same_inputs(tmp_path: Path) -> None:
+    StageFolder(tmp_path / "pairs", {"seed": 1}).begin()
+    StageFolder(tmp_path / "pairs", {"seed": 1}).finish(num_pairs=3)
+    assert StageFolder(tmp_path / "pairs", {"seed": 1}).is_done
+    assert not StageFolder(tmp_path / "pairs", {"seed": 2}).is_done
+    assert json.loads((tmp_path / "pairs" / "stage.json").read_text())["num_pairs"] == 3
+
+
+def test_an_epoch_holds_every_prompt_once_and_the_next_has_another_order(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    run_stages(config)
+    prompts = read_prompts(config.stage_root / "data" / "prompts.jsonl")
+    stream = shuffled_epochs(prompts, seed=3)
+    first, second = ([next(stream).prompt_id for _ in prompts] for _ in range(2))
+    assert sorted(first) == sorted(second) == sorted(prompt.prompt_id for prompt in prompts)
+    assert first != second
