@@ -51,17 +51,22 @@ def ray_session(run: str, *, log_to_driver: bool = False) -> Iterator[Session]:
     no cluster is at RAY_ADDRESS, or it refuses. For the main thread.
     """
     address = os.environ.get("RAY_ADDRESS")
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    on_sigterm, on_sigint = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     options = _cluster_options(address) if address else _local_options()
     with shared_folder(run) as folder:
         try:
             info = _initialise(namespace=f"ocrm-{run}", log_to_driver=log_to_driver, **options)
             # Ray's own handler, set by init, exits from inside the event loop and then aborts now and again
             signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
+            if (
+                on_sigint is signal.SIG_IGN
+            ):  # as a shell leaves it to a job in the background: SIGTERM must still end it
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             yield Session(address=info["address"], logs=Path(info["session_dir"]) / "logs", shared_memory=folder)
         finally:
             ray.shutdown()
             signal.signal(signal.SIGTERM, on_sigterm)
+            signal.signal(signal.SIGINT, on_sigint)
 
 
 def _initialise(**options: Any) -> dict[str, Any]:

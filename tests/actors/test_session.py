@@ -32,7 +32,12 @@ with ray_session("test") as session:
 @pytest.mark.real
 def test_a_terminated_run_leaves_no_process_and_no_shared_memory():
     run = subprocess.Popen(
-        [sys.executable, "-c", HANGING_RUN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", HANGING_RUN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # as a shell starts a job in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     try:
         folder = run.stdout.readline().strip()
