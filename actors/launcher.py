@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,6 @@ from ocrm_ray.study_report import study_table, write_study
 
 COORDINATOR_CPUS = 0.1
 POLL_S = 0.5
-
-logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, resume: bool) -> str:

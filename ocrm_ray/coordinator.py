@@ -50,7 +50,6 @@ class Coordinator:
         self.data = data
         self.log = log
         self.pools = MeteredPools(pools, clock)
-        self.clock = clock
         self.correction_clock = CorrectionClock(
             CorrectionSchedule(self.settings.every, self.settings.promote_after, self.settings.max_lag)
         )

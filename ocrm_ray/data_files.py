@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -121,6 +121,17 @@ def _first_json_fault(path: Path) -> str | None:
         except UnicodeDecodeError as error:
             return f"line {line[: error.start].count(newline) + 1 if whole else number}: not UTF-8"
     return None
+
+
+def first_rows_problems(
+    data_file: DataFile, path_in_config: str, problems_of: Callable[[list[Row]], list[Problem]]
+) -> list[Problem]:
+    """Why a file cannot be read, or ``problems_of`` its first rows; reads little and raises nothing."""
+    try:
+        rows = read_rows(data_file, path_in_config, NUM_INSPECTED_ROWS)
+    except UserError as error:
+        return list(error.problems)
+    return problems_of(rows)
 
 
 def columns_problem(path_in_config: str, rows: Sequence[Row], need: str) -> Problem:

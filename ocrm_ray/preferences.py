@@ -20,11 +20,10 @@ from ocrm_ray.conversations import (
     prompt_text,
 )
 from ocrm_ray.data_files import (
-    NUM_INSPECTED_ROWS,
     Row,
     columns_problem,
+    first_rows_problems,
     read_jsonl,
-    read_rows,
     rows_problem,
     write_jsonl,
 )
@@ -135,12 +134,8 @@ def split_pairs(pairs: Sequence[Pair], heldout_share: float, seed: int) -> tuple
 
 
 def inspect_pairs(data_file: DataFile, path_in_config: str = _WHERE) -> list[Problem]:
-    """The problems of a pair file as far as its first rows show them; reads little and raises nothing."""
-    try:
-        rows = read_rows(data_file, path_in_config, NUM_INSPECTED_ROWS)
-    except UserError as error:
-        return list(error.problems)
-    return _pair_texts(rows, path_in_config)[1]
+    """The problems of a pair file as far as its first rows show them."""
+    return first_rows_problems(data_file, path_in_config, lambda rows: _pair_texts(rows, path_in_config)[1])
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:

@@ -17,11 +17,10 @@ from ocrm_ray.conversations import (
     prompt_text,
 )
 from ocrm_ray.data_files import (
-    NUM_INSPECTED_ROWS,
     Row,
     columns_problem,
+    first_rows_problems,
     read_jsonl,
-    read_rows,
     rows_problem,
     write_jsonl,
 )
@@ -93,12 +92,8 @@ def split_prompts(prompts: Sequence[Prompt], num_heldout: int, seed: int | None)
 
 
 def inspect_prompts(data_file: DataFile, path_in_config: str = _WHERE) -> list[Problem]:
-    """The problems of a prompt file as far as its first rows show them; reads little and raises nothing."""
-    try:
-        rows = read_rows(data_file, path_in_config, NUM_INSPECTED_ROWS)
-    except UserError as error:
-        return list(error.problems)
-    return _contents(rows, path_in_config)[1]
+    """The problems of a prompt file as far as its first rows show them."""
+    return first_rows_problems(data_file, path_in_config, lambda rows: _contents(rows, path_in_config)[1])
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
