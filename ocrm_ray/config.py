@@ -7,23 +7,27 @@ own section, never the whole tree. Lengths are in tokens, times in seconds (``_s
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Dtype = Literal["float32", "bfloat16"]
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+from ocrm_ray.cluster_config import (
+    Deadlines,
+    Dtype,
+    Duration,
+    GenerationPool,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Pool,
+    Pools,
+    PositiveFloat,
+    PositiveInt,
+    Publish,
+    Rehearsal,
+    RunName,
+    Section,
+    Share,
+)
 
-
-class Section(BaseModel):
-    """A node of the tree: immutable, unknown keys refused, documented by the string under each field."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
+__all__ = ["Deadlines", "Dtype", "Duration", "GenerationPool", "Pool", "Pools", "Publish", "Rehearsal", "Section"]
 
 
 class PraiseWorld(Section):
@@ -74,7 +78,9 @@ class Sft(Section):
     batch_size: PositiveInt = 64
     """Sequences an optimiser step."""
     micro_batch_size: PositiveInt = 64
-    """Sequences a forward pass."""
+    """Most sequences a forward pass."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Most tokens, padding included, a forward pass; one longer sequence goes alone."""
     learning_rate: PositiveFloat = 1e-3
     """Peak of a linear decay to 0."""
 
@@ -140,7 +146,9 @@ class RewardTraining(Section):
     batch_size: PositiveInt = 256
     """Pairs an optimiser step."""
     micro_batch_size: PositiveInt = 256
-    """Pairs a forward pass."""
+    """Most pairs a forward pass."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Most tokens of pairs, padding included, a forward pass; one longer pair goes alone."""
     learning_rate: PositiveFloat = 1e-3
     """Peak of a cosine decay to 0."""
     weight_decay: NonNegativeFloat = 0.0
@@ -180,6 +188,9 @@ class Rollout(Section):
     top_k: NonNegativeInt = 0
     max_staleness: NonNegativeInt = 1
     """Used at policy version v, a rollout began no earlier than v - max_staleness."""
+    importance_cap: PositiveFloat | None = 2.0
+    """Each token's loss is weighted by min(trainer's / sampler's probability, cap): stale rollouts and engines that
+    compute differently are corrected for. Null: off, as if they were on-policy."""
     straggler: Literal["wait", "reissue"] = "wait"
     """At the bound, wait for the late rollout, or abort it and issue its prompt again."""
     missing_eos: Literal["mask"] | MissingEosPenalty = MissingEosPenalty(penalty=-1.0)
@@ -202,7 +213,14 @@ class Policy(Section):
     num_minibatches: PositiveInt = 1
     """Optimiser steps a pass."""
     micro_batch_size: PositiveInt = 128
-    """Sequences a forward pass."""
+    """Most sequences a forward pass."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Most tokens, padding included, a forward pass; one longer sequence goes alone."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
+    reuse_logprobs_within: NonNegativeFloat = 0.01
+    """Where an update has several optimiser steps, the sampler's log-probs stand for the trainer's own while their
+    mean gap was at most so many nats a token; 0: never. Rollouts of older weights are always computed again."""
     kl_coefficient: NonNegativeFloat = 0.1
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_placement: Literal["reward", "loss"] = "reward"
@@ -294,55 +312,6 @@ class Checkpoint(Section):
     """Policy updates between saved policies; the last one is always saved."""
 
 
-class Pool(Section):
-    """One pool of actors."""
-
-    num_actors: PositiveInt = 1
-    cpus_per_actor: PositiveFloat = 0.1
-    """Ray CPUs reserved for each actor; small, so that seven actors fit two cores."""
-    gpus_per_actor: NonNegativeFloat = 0.0
-    threads_per_actor: PositiveInt = 1
-    """Arithmetic threads of each actor on CPU."""
-    dtype: Dtype = "float32"
-    """Precision of the pool's networks."""
-    batch_size: PositiveInt = 128
-    """Sequences a forward pass when scoring."""
-
-
-class GenerationPool(Pool):
-    """vLLM engines."""
-
-    kv_cache_gib: PositiveFloat = 1.0
-    """KV cache of each engine on CPU."""
-    max_running: PositiveInt = 256
-    """Sequences that an engine decodes at once."""
-    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Share of a GPU's memory that an engine takes; unused on CPU."""
-
-
-class Pools(Section):
-    """The four pools, and the evaluation actor."""
-
-    generation: GenerationPool = GenerationPool()
-    policy: Pool = Pool()
-    scoring: Pool = Pool()
-    reward: Pool = Pool()
-    evaluation: Pool = Pool()
-
-
-class Deadlines(Section):
-    """Longest waits before the run ends with an error."""
-
-    start_s: PositiveFloat = 300.0
-    """For the actors of a pool to be placed and ready."""
-    request_s: PositiveFloat = 900.0
-    """For one answer of an actor (generation, scoring, update)."""
-    publish_s: PositiveFloat = 120.0
-    """For the engines to take new weights."""
-    refit_s: PositiveFloat = 3600.0
-    """For one refit of the reward model."""
-
-
 class RunConfig(Section):
     """One run: SFT -> pairs -> labels -> RM -> RL with corrections -> evaluation -> report."""
 
@@ -369,7 +338,10 @@ class RunConfig(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     pools: Pools = Pools()
+    publish: Publish = Publish()
     deadlines: Deadlines = Deadlines()
+    rehearsal: Rehearsal | None = None
+    """Only for ``rehearse`` and ``check``; null: from an earlier run of the folder, else from arithmetic."""
 
     @property
     def run_dir(self) -> Path:

@@ -1,0 +1,125 @@
+"""The sections that say what runs where, how long it may take, and how weights travel; and what all sections share.
+
+``ocrm_ray.config`` puts them into the tree and names them again: import from there.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    """A node of the tree: immutable, unknown keys refused, documented by the string under each field."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class Pool(Section):
+    """One pool of actors."""
+
+    num_actors: PositiveInt = 1
+    cpus_per_actor: PositiveFloat = 0.1
+    """Ray CPUs reserved for each actor; small, so that seven actors fit two cores."""
+    gpus_per_actor: NonNegativeFloat = 0.0
+    threads_per_actor: PositiveInt = 1
+    """Arithmetic threads of each actor on CPU."""
+    dtype: Dtype = "float32"
+    """Precision of the pool's networks."""
+    batch_size: PositiveInt = 128
+    """Most sequences a forward pass when scoring."""
+    batch_tokens: PositiveInt = 16384
+    """Most tokens, padding included, a forward pass when scoring; one longer sequence goes alone."""
+
+
+class GenerationPool(Pool):
+    """vLLM engines."""
+
+    kv_cache_gib: PositiveFloat = 1.0
+    """KV cache of each engine on CPU."""
+    max_running: PositiveInt = 256
+    """Sequences that an engine decodes at once."""
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of a GPU's memory that an engine takes; unused on CPU."""
+
+
+class Pools(Section):
+    """The four pools, and the evaluation actor."""
+
+    generation: GenerationPool = GenerationPool()
+    policy: Pool = Pool()
+    scoring: Pool = Pool()
+    reward: Pool = Pool()
+    evaluation: Pool = Pool()
+
+
+class Deadlines(Section):
+    """Longest waits before the run ends with an error."""
+
+    start_s: PositiveFloat = 300.0
+    """For the actors of a pool to be placed and ready."""
+    request_s: PositiveFloat = 900.0
+    """For one answer of an actor (generation, scoring, update)."""
+    publish_s: PositiveFloat = 120.0
+    """For the engines to take new weights."""
+    refit_s: PositiveFloat = 3600.0
+    """For one refit of the reward model."""
+
+
+class Publish(Section):
+    """How the policy's weights reach engines and scorers, beside the next update."""
+
+    transport: Literal["auto", "shared_memory", "object_store", "nccl"] = "auto"
+    """``shared_memory``: persistent segments of one node, read in place; ``object_store``: Ray's, between nodes;
+    ``nccl``: between GPUs. ``auto``: nccl where trainer and engines have GPUs, else shared memory on one node."""
+    checksum: bool = False
+    """Readers compare a checksum of the bytes with the trainer's before they use them."""
+
+
+class Duration(Section):
+    """Seconds that a rehearsed actor takes for one message: ``call_s + item_s * items``, times what is drawn."""
+
+    item_s: NonNegativeFloat
+    """Of each prompt with its samples."""
+    call_s: NonNegativeFloat = 0.0
+    """Of each message whatever it holds: what makes large batches cheap."""
+    jitter: NonNegativeFloat = 0.0
+    """Sigma of a lognormal factor of mean 1."""
+    tail_share: Share = 0.0
+    """Share of the messages that take ``tail_factor`` times as long."""
+    tail_factor: Annotated[float, Field(ge=1)] = 1.0
+
+
+class Rehearsal(Section):
+    """What engines are replaced by in ``rehearse``: time. ``check`` predicts from it too."""
+
+    num_updates: PositiveInt = 30
+    generate: Duration
+    """A prompt in a slot of an engine."""
+    engine_slots: PositiveInt = 8
+    """Prompts that an engine decodes at once."""
+    score: Duration
+    """Anchor and SFT log-probs, by one actor of the scoring pool."""
+    reward: Duration
+    """Reward scores, by one actor of the reward pool."""
+    train: Duration
+    """An update, by the policy pool."""
+    weights_gib: NonNegativeFloat = 0.0
+    """Size of the policy's weights."""
+    publish_gib_per_s: PositiveFloat = 1.0
+    """Their way from the trainer into an engine."""
+    pause_s: NonNegativeFloat = 0.0
+    """Seconds that an engine stands still for new weights."""
+    ratio_s: NonNegativeFloat = 0.0
+    """One correction's importance ratios."""
+    refit_s: NonNegativeFloat = 0.0
+    """One correction's refit."""
