@@ -112,7 +112,10 @@ class RayCluster:
         return cast(PoolType, await asyncio.shield(self._started[kind.name]))
 
     async def _generation(self) -> RayGenerationPool:
-        return await self._once(RayGenerationPool, self._generation_specs)
+        pool = await self._once(RayGenerationPool, self._generation_specs)
+        # a quarter more than it decodes, so that the next request is there when one ends
+        pool.max_open_samples = self.config.pools.generation.max_running * 5 // 4
+        return pool
 
     async def _policy(self) -> RayPolicyPool:
         reward_path = self.paths.reward if self.config.policy.algorithm == "ppo" else None
@@ -167,8 +170,8 @@ class RayCluster:
         ]
 
     def _specs(self, pool_name: str, path: str, pool: Pool, *arguments: Any) -> list[ActorSpec]:
-        """One spec a bundle of the pool; scorers and servers have a second thread, to stage beside live scores."""
-        concurrency = 2 if pool_name in ("scoring", "reward") else 1
+        """One spec a bundle of the pool; a second thread stages beside live scores and frees weights beside updates."""
+        concurrency = 1 if pool_name == "evaluation" else 2
         return [
             replace(self._spec(f"{pool_name}-{number}", path, pool, *arguments), concurrency=concurrency)
             for number in range(len(self.bundles[pool_name]))
