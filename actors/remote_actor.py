@@ -27,6 +27,7 @@ class ActorSpec:
 
     ``threads``: arithmetic threads of the process. ``asynchronous``: its methods are coroutines. ``concurrency``:
     calls that a synchronous one answers side by side. ``environment``: further variables, set before it starts.
+    ``yields``: its process works only when no other wants the core (Linux).
     """
 
     role: str
@@ -35,6 +36,7 @@ class ActorSpec:
     threads: int
     asynchronous: bool = False
     concurrency: int = 1
+    yields: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -109,8 +111,6 @@ def spawn(spec: ActorSpec, group: PlacementGroup, bundle: int) -> RemoteActor:
             runtime_env={"env_vars": actor_environment(spec, os.environ)},
         )
         # secrets travel as an argument: Ray writes runtime environments to its logs
-        .remote(
-            spec.role, spec.path, spec.arguments, {name: os.environ[name] for name in _SECRET if name in os.environ}
-        )
+        .remote(spec, {name: os.environ[name] for name in _SECRET if name in os.environ})
     )
     return RemoteActor(spec.role, handle)

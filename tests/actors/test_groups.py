@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 import pickle
 from pathlib import Path
 
@@ -234,6 +235,16 @@ def test_the_death_of_an_engine_reaches_every_open_request(runner):
     assert [type(error) for error in errors] == [ActorDiedError, ActorDiedError]
     assert all("generation-0" in str(error) for error in errors)
     runner.run(pool.close())
+
+
+@pytest.mark.parametrize("yields", [False, True])
+def test_only_an_actor_that_yields_runs_under_sched_idle_with_every_thread(runner, yields):
+    spec = ActorSpec("generation-0", "dummy_actors:DummyEngine", (), 1, asynchronous=True, yields=yields)
+    pool = runner.run(RayGenerationPool.start([spec], [BUNDLE], DEADLINES))
+    process = psutil.Process(runner.run(pool.actors[0].call("process_id", deadline_s=20)))
+    policies = {os.sched_getscheduler(thread.id) for thread in process.threads()}
+    runner.run(pool.close())
+    assert policies == {os.SCHED_IDLE if yields else os.SCHED_OTHER}
 
 
 def test_close_shuts_the_engine_down_and_leaves_no_process(runner, tmp_path):
