@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ class Stages:
         training, heldout = split_prompts(prompts, data.num_heldout, seed)
         write_prompts(folder.path / "prompts.jsonl", training)
         write_prompts(folder.path / "heldout.jsonl", heldout)
-        return asdict(report)
+        return {**report}
 
     def _tokenizer(self) -> Any:
         source = self.config.sft.ready or self.paths.policy_base
@@ -172,7 +172,7 @@ class Stages:
         assert settings.ready is not None
         rows = read_rows(settings.ready, "pairs.ready")
         pairs, report = load_pairs(self.config.data, rows, self._tokenizer(), self.config.rollout.max_new_tokens)
-        return pairs, asdict(report)
+        return pairs, {**report}
 
     async def _sampled_pairs(self) -> tuple[list[Pair], dict[str, object]]:
         return await sample_pairs(self.config, self.cluster, self.training_prompts(), self._tokenizer(), self.show)
