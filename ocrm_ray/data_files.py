@@ -106,7 +106,7 @@ def _file_rows(path: Path, where: str) -> Iterator[Row]:
         kind = "a folder" if path.is_dir() else "a file of another kind"
         need = "a file ending in .json, .jsonl, .ndjson or .parquet (or these with .gz)"
         raise mistake(where, f"'{path}', {kind}", need, "convert it, or name one file")
-    return _parquet_rows(path) if ending == ".parquet" else _json_rows(path)
+    return _parquet_rows(path) if ending == ".parquet" else _json_file_rows(path)
 
 
 def _opened(path: Path) -> "gzip.GzipFile | BufferedReader":
@@ -121,21 +121,25 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of one JSON list, or of a file with one on each line."""
+def _json_file_rows(path: Path) -> Iterator[Row]:
     with _opened(path) as file:
         is_list = file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        for number, text in enumerate([file.read()] if is_list else file, start=1):
-            try:
-                content = json.loads(text.rstrip()) if text.strip() else []
-            except json.JSONDecodeError as error:
-                raise BrokenLineError(number + error.lineno - 1, error.msg) from error
-            except UnicodeDecodeError as error:
-                raise BrokenLineError(number + text.count(b"\n", 0, error.start), "not UTF-8") from error
-            rows = content if isinstance(content, list) else [content]
-            if not all(isinstance(row, dict) for row in rows):
-                raise BrokenLineError(number, "not an object")
-            yield from rows
+        yield from json_rows([file.read()] if is_list else file)
+
+
+def json_rows(texts: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The objects of a file's lines, or of the list that is its whole text. Raises BrokenLineError."""
+    for number, text in enumerate(texts, start=1):
+        try:
+            content = json.loads(text.rstrip()) if text.strip() else []
+        except json.JSONDecodeError as error:
+            raise BrokenLineError(number + error.lineno - 1, error.msg) from error
+        except UnicodeDecodeError as error:
+            raise BrokenLineError(number + text.count(b"\n", 0, error.start), "not UTF-8") from error
+        rows = content if isinstance(content, list) else [content]
+        if not all(isinstance(row, dict) for row in rows):
+            raise BrokenLineError(number, "not an object")
+        yield from rows
 
 
 def _hub_rows(data_file: DataFile, limit: int | None) -> Iterable[Row]:
@@ -157,7 +161,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a file of ``write_jsonl``. Raises RunError, naming the line, if it is missing or broken."""
     try:
-        return list(_json_rows(path))
+        with path.open("rb") as file:
+            return list(json_rows(file))
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing: run the stage that writes it again") from error
     except BrokenLineError as error:
