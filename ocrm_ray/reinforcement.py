@@ -70,11 +70,11 @@ async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dic
 
 def training_data(config: RunConfig, stages: Stages) -> TrainingData:
     """What the stages left, as the coordinator takes it."""
-    held_out = read_pairs(stages.paths.heldout_pairs)
+    held_out = read_pairs(stages.paths.root / "pairs" / "heldout.jsonl")
     probe = [sequence for pair in held_out for sequence in (pair.chosen, pair.rejected)]
     return TrainingData(
         prompts=shuffled_epochs(stages.training_prompts(), config.seed),
         heldout=tuple(stages.heldout_prompts()),
-        pairs=PairData(len(read_pairs(stages.paths.train_pairs)), stages.behaviour_logprobs()),
+        pairs=PairData(stages.num_training_pairs(), stages.behaviour_logprobs()),
         probe=tuple(probe[: config.probe.num_sequences]),
     )
