@@ -67,6 +67,11 @@ class Corrector:
         self._buffer = buffer
         self._pairs = pairs
         self._emit = emit
+        self._is_near = asyncio.Event()
+
+    def near(self) -> None:
+        """The next boundary of updates may promote: the candidate may score the queue."""
+        self._is_near.set()
 
     async def prepare(self, snapshot: PolicyWeights) -> Candidate:
         """Refit for the policy ``snapshot`` and stage the result in every pool; nothing live changes."""
@@ -96,6 +101,7 @@ class Corrector:
             self._pools.policy.commit(promotion_id, versions.reward_version, versions.anchor_version),
         )
         self._scorer.commit()
+        self._is_near.clear()
         self._emit(
             "promoted",
             promotion_id=promotion_id,
@@ -163,5 +169,6 @@ class Corrector:
         if refit is not None:
             calibration = await self._pools.reward.stage(promotion_id, refit)
             self._emit("calibrated", reward_version=refit.reward_version, mean=calibration.mean, std=calibration.std)
+        await self._is_near.wait()  # sooner, every rollout would be scored twice for nothing
         await self._scorer.stage(versions, self._buffer.ready())
         return versions

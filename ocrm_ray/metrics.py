@@ -63,6 +63,8 @@ class StepRecord:
     rollout_wait_s: float | None = None
     """Seconds that training waited for rollouts, stragglers included."""
     correction_wait_s: float | None = None
+    publish_wait_s: float | None = None
+    """Seconds between updates for copying the weights out, and for an earlier publish that is still on its way."""
     straggler_wait_s: float | None = None
     num_reissued: int | None = None
     """Rollouts aborted at the staleness bound and issued again."""
