@@ -65,8 +65,7 @@ class ScoringActor:
                 self.load_snapshot(weights)
             assert self._snapshot is not None
             network, temperature = self._snapshot[1], self._config.rollout.temperature
-        batch_size = self._config.pools.scoring.batch_size
-        sums = row_sums(network, self._pairs, pair_rows(indices), temperature, batch_size)
+        sums = row_sums(network, self._pairs, pair_rows(indices), temperature, self._config.pools.scoring)
         return np.ascontiguousarray(sums.view(2, -1).T.numpy())
 
     def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
@@ -96,8 +95,7 @@ class ScoringActor:
         return self._anchor
 
     def _logprobs(self, network: Any, table: SequenceTable) -> list[FloatArray]:
-        batch_size = self._config.pools.scoring.batch_size
-        return table_logprobs(network, table, self._config.rollout.temperature, batch_size)
+        return table_logprobs(network, table, self._config.rollout.temperature, self._config.pools.scoring)
 
     def _load(self, path: str) -> Any:
         dtype = self._config.pools.scoring.dtype
@@ -108,7 +106,7 @@ class ScoringActor:
         from safetensors.torch import load_file
 
         network = copy.deepcopy(self._sft)
-        network.load_state_dict(load_file(weights.path))
+        network.network.load_state_dict(load_file(weights.path))
         return network
 
     @cached_property

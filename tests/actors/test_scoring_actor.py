@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from tiny_models import EOS, build_policy, pad_batch, random_pairs, run_config, save_pairs, save_policy
 
 from actors.scoring import ScoringActor
-from ocrm_ray.networks import response_logprobs
+from ocrm_ray.networks import CausalModel, response_logprobs
 from ocrm_ray.records import PolicyWeights
 
 PAIRS = random_pairs(11, seed=1)
@@ -46,7 +46,7 @@ def published(tmp_path, version=3):
 
 def expected_rows(model, sequences, temperature):
     with torch.no_grad():
-        return [response_logprobs(model, pad_batch([s], EOS), temperature)[0].numpy() for s in sequences]
+        return [response_logprobs(CausalModel(model), pad_batch([s], EOS), temperature)[0].numpy() for s in sequences]
 
 
 def assert_rows_close(rows, expected):
