@@ -109,13 +109,11 @@ def _data_problems(config: RunConfig) -> list[Problem]:
     from ocrm_ray.preferences import PAIR_ROWS
     from ocrm_ray.prompts import PROMPT_ROWS
 
-    prompts, pairs = config.data.prompts, config.pairs.ready
-    problems: list[Problem] = []
-    if prompts and not _is_on_hub(prompts):
-        problems += PROMPT_ROWS.inspect(prompts) or _count_problems(config, prompts)
-    if pairs and not _is_on_hub(pairs):
-        problems += PAIR_ROWS.inspect(pairs)
-    return problems
+    prompts, pairs = (None if file and _is_on_hub(file) else file for file in (config.data.prompts, config.pairs.ready))
+    problems = PROMPT_ROWS.inspect(prompts) if prompts else []
+    if prompts and not problems:
+        problems = _count_problems(config, prompts)
+    return problems + (PAIR_ROWS.inspect(pairs) if pairs else [])
 
 
 def _is_on_hub(file: DataFile) -> bool:
