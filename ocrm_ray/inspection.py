@@ -109,15 +109,11 @@ def _data_problems(config: RunConfig) -> list[Problem]:
     from ocrm_ray.preferences import PAIR_ROWS
     from ocrm_ray.prompts import PROMPT_ROWS
 
-    prompts, pairs = (None if file and _is_on_hub(file) else file for file in (config.data.prompts, config.pairs.ready))
-    problems = PROMPT_ROWS.inspect(prompts) if prompts else []
-    if prompts and not problems:
-        problems = _count_problems(config, prompts)
-    return problems + (PAIR_ROWS.inspect(pairs) if pairs else [])
-
-
-def _is_on_hub(file: DataFile) -> bool:
-    return is_hub_name(file.path) and not Path(file.path).suffix
+    problems: list[Problem] = []
+    for file, form in ((config.data.prompts, PROMPT_ROWS), (config.pairs.ready, PAIR_ROWS)):
+        if file and (Path(file.path).suffix or not is_hub_name(file.path)):
+            problems += form.inspect(file) or (_count_problems(config, file) if file is config.data.prompts else [])
+    return problems
 
 
 def _count_problems(config: RunConfig, prompts: DataFile) -> list[Problem]:
