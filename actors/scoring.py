@@ -6,8 +6,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from actors.training_engine import start_process, training_device
+from actors.weight_transport import WeightReader
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
 from ocrm_ray.inference import row_sums, table_logprobs
@@ -32,6 +35,7 @@ class ScoringActor:
         self._staged: tuple[str, Any] | None = None
         self._snapshot: tuple[int, Any] | None = None
         self._committed: str | None = None
+        self._reader = WeightReader()
 
     def start(self) -> None:
         """Load the SFT model, which is the first anchor."""
@@ -108,10 +112,11 @@ class ScoringActor:
         return network.requires_grad_(False).to(training_device())
 
     def _copy_of(self, weights: PolicyWeights) -> Any:
-        from safetensors.torch import load_file
-
-        network = copy.deepcopy(self._sft)
-        network.load_state_dict(load_file(weights.path))
+        # the copy's parameters are empty ones: they are about to be overwritten
+        empty = {id(old): nn.Parameter(torch.empty_like(old), requires_grad=False) for old in self._sft.parameters()}
+        network = copy.deepcopy(self._sft, empty)
+        with self._reader.read(weights) as tensors:
+            network.load_state_dict(tensors)
         return network
 
     @cached_property

@@ -1,6 +1,7 @@
 """The RL stage and what follows it: corrections, evaluation, summary, report."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ocrm_ray.cluster import Cluster, Show
@@ -19,8 +20,10 @@ from ocrm_ray.stages import Stages, shuffled_epochs
 class ShownRunLog(RunLog):
     """A run log that also shows each step and the figures known so far."""
 
-    def __init__(self, run_dir: Path, num_updates: int, show: Show) -> None:
-        super().__init__(run_dir)
+    def __init__(
+        self, run_dir: Path, num_updates: int, show: Show, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(run_dir, clock)
         self._num_updates = num_updates
         self._show = show
         self._step = 0

@@ -380,3 +380,30 @@ def test_ray_listens_on_loopback_alone(session):
 def placed_groups(pool):
     groups = placement_group_table().values()
     return [group["name"] for group in groups if group["name"].startswith(pool) and group["state"] != "REMOVED"]
+
+
+def test_weights_in_the_object_store_reach_scorers_in_place_and_engines_through_one_file_of_their_node(runner, session):
+    import torch
+
+    from actors.weight_transport import LocalCopy, WeightExporter, WeightReader
+
+    async def publish(version, tensors):
+        weights = exporter.export(version, tensors)
+        local = await copy.fetch(weights)
+        for read in (weights, local):
+            with reader.read(read) as received:
+                assert {name: value.tolist() for name, value in received.items()} == {
+                    name: value.tolist() for name, value in tensors.items()
+                }
+        exporter.release(weights)
+        return local.path
+
+    versions = [
+        {"a": torch.full((3, 5), float(version)), "b": torch.arange(version, version + 7)} for version in (1, 2)
+    ]
+    exporter, copy, reader = WeightExporter(None, versions[0], True), LocalCopy(), WeightReader()
+    first, second = (runner.run(publish(version, tensors)) for version, tensors in enumerate(versions, start=1))
+    assert first == second
+    assert first.exists()
+    copy.close()
+    assert not first.parent.exists()
