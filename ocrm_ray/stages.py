@@ -98,12 +98,8 @@ class Stages:
             return {"pairs": config.pairs, "sampler": sampler, "read": content, "sft": self.folder("sft").fingerprint}
         if name == "reward":
             base = file_fingerprint(config.reward.base) if config.reward.base else None
-            return {
-                "training": config.reward.training,
-                "base": base,
-                "dtype": config.pools.reward.dtype,
-                "pairs": self.folder("pairs").fingerprint,
-            }
+            training, dtype, pairs = config.reward.training, config.pools.reward.dtype, self.folder("pairs").fingerprint
+            return {"training": training, "base": base, "dtype": dtype, "pairs": pairs}
         assert name == "logprobs"
         behaviour = (file_fingerprint(config.pairs.behaviour), config.pairs.temperature, config.pools.scoring.dtype)
         return {"behaviour": behaviour, "pairs": self.folder("pairs").fingerprint}
