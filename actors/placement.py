@@ -64,11 +64,7 @@ def _shortage(bundles: Seq[Bundle]) -> str:
 
 def describe_shortage(bundles: Seq[Bundle], free: Mapping[str, float], total: Mapping[str, float]) -> str:
     """What was asked for against what the cluster has, resource by resource."""
-    asked = " + ".join(_amounts(bundle) for bundle in bundles)
+    asked = " + ".join(", ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles)
     names = sorted({name for bundle in bundles for name in bundle})
     has = ", ".join(f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}" for name in names)
     return f"asked for {len(bundles)} bundles ({asked}), the cluster has free {has}"
-
-
-def _amounts(bundle: Bundle) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())

@@ -25,6 +25,7 @@ from ocrm_ray.reward_learning import (
     pair_table,
     weighted_pair_loss,
 )
+from ocrm_ray.stages import stage_paths
 
 LIVE = "live"
 FIRST = "first"
@@ -122,25 +123,20 @@ class RewardRefitter:
         """The first reward model, version 0: all pairs alike, from its own initial weights, into the stage folder."""
         indices = np.arange(len(self._train) // 2)
         request = RefitRequest(FIRST, 0, indices, None, self._config.seed)
-        return self._fit(request, self._config.reward.training, self._base_path, self._config.stage_root / "reward")
+        paths = stage_paths(self._config)
+        return self._fit(request, self._config.reward.training, paths.reward_base, paths.root / "reward")
 
     def refit(self, request: RefitRequest) -> RefitReport:
         """A candidate for a correction, into ``reward/vN`` of the run folder."""
         folder = self._run_dir / "reward" / f"v{request.reward_version}"
         return self._fit(request, self._config.correction.training, self._initial_path(request.reward_version), folder)
 
-    @property
-    def _base_path(self) -> str:
-        if self._config.reward.base is not None:
-            return self._config.reward.base
-        return str(self._config.stage_root / "world" / "reward") if self._config.world else self._sft_path
-
     def _initial_path(self, reward_version: int) -> str:
         match self._config.correction.rm_init:
             case "sft":
                 return self._sft_path
             case "base":
-                return self._base_path
+                return stage_paths(self._config).reward_base
             case "previous":
                 # The candidate is always the successor of the live model.
                 if reward_version > 1:

@@ -10,7 +10,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -82,8 +81,10 @@ def read_rows(data_file: DataFile, path_in_config: str, num_rows: int | None = N
     name, where = data_file.path, f"{path_in_config}.path"
     limit = min((n for n in (data_file.limit, num_rows) if n is not None), default=None)
     is_file = Path(name).exists() or Path(name).suffix in {*_ENDINGS, ".gz", ".csv"} or not _HUB_NAME.fullmatch(name)
+    if is_file:
+        _require_file(Path(name), where)
     try:
-        rows = list(islice(_file_rows(Path(name), where) if is_file else _hub_rows(data_file, limit), limit))
+        rows = list(islice(_file_rows(Path(name)) if is_file else _hub_rows(data_file, limit), limit))
     except _READ_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         got = f"{name!r}, {reason}" if isinstance(error, BrokenLineError) else f"{name!r} ({reason})"
@@ -97,34 +98,30 @@ def read_rows(data_file: DataFile, path_in_config: str, num_rows: int | None = N
     return rows
 
 
-def _file_rows(path: Path, where: str) -> Iterator[Row]:
+def _require_file(path: Path, where: str) -> None:
     if not path.exists():
         need = "a JSON, JSONL or Parquet file or a Hub data set"
         raise mistake(where, f"'{path}', which does not exist", need, "correct the path")
-    ending = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if not path.is_file() or ending not in _ENDINGS:
+    if not path.is_file() or _ending(path) not in _ENDINGS:
         kind = "a folder" if path.is_dir() else "a file of another kind"
         need = "a file ending in .json, .jsonl, .ndjson or .parquet (or these with .gz)"
         raise mistake(where, f"'{path}', {kind}", need, "convert it, or name one file")
-    return _parquet_rows(path) if ending == ".parquet" else _json_file_rows(path)
 
 
-def _opened(path: Path) -> "gzip.GzipFile | BufferedReader":
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+def _ending(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    from pyarrow.parquet import ParquetFile
+def _file_rows(path: Path) -> Iterator[Row]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        if _ending(path) == ".parquet":
+            from pyarrow.parquet import ParquetFile
 
-    with _opened(path) as file:
-        for batch in ParquetFile(file).iter_batches():
-            yield from batch.to_pylist()
-
-
-def _json_file_rows(path: Path) -> Iterator[Row]:
-    with _opened(path) as file:
-        is_list = file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        yield from json_rows([file.read()] if is_list else file)
+            for batch in ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+        else:
+            is_list = file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+            yield from json_rows([file.read()] if is_list else file)
 
 
 def json_rows(texts: Iterable[bytes]) -> Iterator[dict[str, Any]]:

@@ -45,7 +45,9 @@ class HeldoutEvaluator:
         """
         assert len(self._prompts) == len(samples) == len(proxy) == len(sft_logprobs)
         first = [prompt_samples[0] for prompt_samples in samples]
-        responses = [[self._decode(sample) for sample in prompt_samples] for prompt_samples in samples]
+        ids = [[list(sample.sequence.response_ids) for sample in prompt_samples] for prompt_samples in samples]
+        texts = [self._tokenizer.batch_decode(each, skip_special_tokens=True) for each in ids]
+        responses = [[text.strip() for text in prompt_texts] for prompt_texts in texts]
         gold = self._gold_scores(responses)
         report = EvaluationReport(
             step=step,
@@ -67,9 +69,6 @@ class HeldoutEvaluator:
             for index in range(min(self._num_samples_saved, len(samples)))
         ]
         return report, rows
-
-    def _decode(self, sample: Sample) -> str:
-        return str(self._tokenizer.decode(sample.sequence.response_ids, skip_special_tokens=True)).strip()
 
     def _gold_scores(self, responses: list[list[str]]) -> list[list[float]] | None:
         """Gold scores shaped like ``responses``, from one call of the scorer."""

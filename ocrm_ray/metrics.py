@@ -220,9 +220,7 @@ def summary_of(metrics: Sequence[Row]) -> dict[str, Any]:
     last = evaluations[-1] if evaluations else {}
     peak = gold_peak([row["gold_mean"] for row in evaluations if row.get("gold_mean") is not None])
     return {
-        "gold_mean": last.get("gold_mean"),
-        "gold_se": last.get("gold_se"),
-        "gold_win_rate": last.get("gold_win_rate"),
+        **{key: last.get(key) for key in ("gold_mean", "gold_se", "gold_win_rate")},
         "gold_peak": peak,
         "gold_drop_from_peak": None if peak is None or last.get("gold_mean") is None else peak - last["gold_mean"],
         "proxy_mean": last.get("proxy_mean"),

@@ -53,43 +53,32 @@ def _gold(prompt: list[str], response: list[str]) -> float:
     return min(p, 4) - 1.5 * max(0, p - 4) + 0.4 * (len(distinct) - 8) + 0.8 * len(distinct.intersection(prompt))
 
 
-class PraiseSource:
-    """Where SFT responses come from: a Markov chain over plain and topic words, mixed with praise and the prompt.
+def draw_responses(prompts: Sequence[str], seed: int, rng: np.random.Generator) -> list[str]:
+    """What SFT responses come from: a Markov chain over plain and topic words, mixed with praise and the prompt.
 
     A word is praise with some chance, so that five praise words or more are a rarity (2 %); else it is one of the
     prompt's topics with a small chance, else a successor of the word before. Which praise and which successors
-    are favoured is drawn with the seed.
+    are favoured is drawn with the seed; ``rng`` draws the twelve words of each response.
     """
-
-    def __init__(self, seed: int) -> None:
-        rng = np.random.default_rng([seed, 0])
-        self._words = (*PRAISE, *TOPICS, *PLAIN)
-        num_states = len(self._words) + 1
-        self._praise = rng.dirichlet([_PLAIN_CONCENTRATION] * len(PRAISE), num_states).cumsum(axis=1)
-        concentration = [_TOPIC_CONCENTRATION] * len(TOPICS) + [_PLAIN_CONCENTRATION] * len(PLAIN)
-        self._successors = rng.dirichlet(concentration, num_states).cumsum(axis=1)
-
-    def draw(self, prompts: Sequence[str], rng: np.random.Generator) -> list[str]:
-        """One response of twelve words for each prompt."""
-        return [self._response(prompt.split(), rng.random((RESPONSE_WORDS, 2))) for prompt in prompts]
-
-    def _response(self, topics: list[str], chances: "np.ndarray[Any, np.dtype[np.float64]]") -> str:
-        """``chances`` [12, 2]: what kind of word comes, and which one of its kind."""
-        response: list[str] = []
-        state = len(self._words)
-        for kind, which in chances:
+    chain = np.random.default_rng([seed, 0])
+    words = (*PRAISE, *TOPICS, *PLAIN)
+    first = len(words)
+    concentration = [_TOPIC_CONCENTRATION] * len(TOPICS) + [_PLAIN_CONCENTRATION] * len(PLAIN)
+    praise = chain.dirichlet([_PLAIN_CONCENTRATION] * len(PRAISE), first + 1).cumsum(axis=1)[:, :-1]
+    successors = chain.dirichlet(concentration, first + 1).cumsum(axis=1)[:, :-1]
+    responses = []
+    for prompt in prompts:
+        topics, states = prompt.split(), [first]
+        for kind, which in rng.random((RESPONSE_WORDS, 2)):
             if kind < _PRAISE_CHANCE:
-                state = _choose(self._praise[state], which)
+                state = int(np.searchsorted(praise[states[-1]], which, side="right"))
             elif kind < _PRAISE_CHANCE + _TOPIC_CHANCE:
-                state = self._words.index(topics[int(which * len(topics))])
+                state = words.index(topics[int(which * len(topics))])
             else:
-                state = len(PRAISE) + _choose(self._successors[state], which)
-            response.append(self._words[state])
-        return " ".join(response)
-
-
-def _choose(cumulative: "np.ndarray[Any, np.dtype[np.float64]]", chance: float) -> int:
-    return min(int(np.searchsorted(cumulative, chance, side="right")), len(cumulative) - 1)
+                state = len(PRAISE) + int(np.searchsorted(successors[states[-1]], which, side="right"))
+            states.append(state)
+        responses.append(" ".join(words[state] for state in states[1:]))
+    return responses
 
 
 def draw_prompts(num_prompts: int, seed: int) -> list[str]:
@@ -142,7 +131,7 @@ def write_world(folder: Path, world: PraiseWorld, seed: int) -> None:
         model.save_pretrained(folder / name)
         build_tokenizer().save_pretrained(folder / name)
     prompts = draw_prompts(world.num_prompts, seed)
-    references = PraiseSource(seed).draw(prompts, np.random.default_rng([seed, 2]))
+    references = draw_responses(prompts, seed, np.random.default_rng([seed, 2]))
     rows = ({"prompt": p, "reference": r} for p, r in zip(prompts, references, strict=True))
     write_jsonl(folder / "prompts.jsonl", rows)
 

@@ -41,11 +41,6 @@ class Run:
     def has_gold(self) -> bool:
         return any(row.get("gold_mean") is not None for row in self.metrics)
 
-    @property
-    def end_s(self) -> float:
-        """Seconds from the run's start to the last thing it wrote."""
-        return last_time_s(self.metrics, self.events)
-
 
 @dataclass
 class CorrectionWindow:
@@ -136,10 +131,11 @@ def column(rows: Sequence[Row], key: str, part: str | None = None) -> Column:
 def correction_windows(run: Run) -> list[CorrectionWindow]:
     """The run's corrections in order. At most one is in flight, so an event belongs to the last one started."""
     windows: list[CorrectionWindow] = []
+    end_s = last_time_s(run.metrics, run.events)
     for event in run.events:
         name, now = event["event"], float(event["time_s"])
         if name == "correction_started":
-            windows.append(CorrectionWindow(now, run.end_s, event.get("snapshot_version")))
+            windows.append(CorrectionWindow(now, end_s, event.get("snapshot_version")))
         if not windows or windows[-1].outcome != "in flight":
             continue
         window = windows[-1]

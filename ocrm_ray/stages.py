@@ -5,8 +5,12 @@ where the configuration names a ready one. What needs a network is done by the `
 """
 
 import functools
+import hashlib
 import itertools
+import json
 import logging
+import os
+import shutil
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +28,62 @@ from ocrm_ray.preferences import load_pairs, split_pairs, write_pairs
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.prompts import load_prompts, read_prompts, split_prompts, write_prompts
 from ocrm_ray.records import FloatArray, Prompt
-from ocrm_ray.stage_folder import StageFolder, file_fingerprint
 from ocrm_ray.strategies import make_strategy
 
 logger = logging.getLogger(__name__)
+
+MARKER = "stage.json"
+
+
+def fingerprint(inputs: Mapping[str, object]) -> str:
+    """SHA-256 of what a result depends on, as canonical JSON."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_fingerprint(name: str) -> str:
+    """Of a data file its content, of a model folder its files' names, sizes and times; a Hub name stands for itself."""
+    path = Path(name)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if path.is_dir():
+        stats = {str(file.relative_to(path)): file.stat() for file in sorted(path.rglob("*")) if file.is_file()}
+        return fingerprint({file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()})
+    return name
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage's result. ``begin`` empties the folder; ``finish`` marks it complete, last and atomically."""
+
+    path: Path
+    inputs: Mapping[str, object]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.inputs)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ``finish`` wrote; {} before."""
+        marker = self.path / MARKER
+        return dict(json.loads(marker.read_text())) if marker.is_file() else {}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the result is there, complete, and made from these inputs."""
+        return self.facts.get("fingerprint") == self.fingerprint
+
+    def begin(self) -> None:
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+
+    def finish(self, **facts: object) -> None:
+        marker = self.path / MARKER
+        staged = marker.with_suffix(".tmp")
+        staged.write_text(json.dumps({"fingerprint": self.fingerprint, **facts}, indent=2, default=str) + "\n")
+        os.replace(staged, marker)
 
 
 @dataclass(frozen=True)
@@ -98,12 +154,8 @@ class Stages:
             return {"pairs": config.pairs, "sampler": sampler, "read": content, "sft": self.folder("sft").fingerprint}
         if name == "reward":
             base = file_fingerprint(config.reward.base) if config.reward.base else None
-            return {
-                "training": config.reward.training,
-                "base": base,
-                "dtype": config.pools.reward.dtype,
-                "pairs": self.folder("pairs").fingerprint,
-            }
+            training, dtype, pairs = config.reward.training, config.pools.reward.dtype, self.folder("pairs").fingerprint
+            return {"training": training, "base": base, "dtype": dtype, "pairs": pairs}
         assert name == "logprobs"
         behaviour = (file_fingerprint(config.pairs.behaviour), config.pairs.temperature, config.pools.scoring.dtype)
         return {"behaviour": behaviour, "pairs": self.folder("pairs").fingerprint}

@@ -13,8 +13,7 @@ from ocrm_ray.config import RunConfig
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.prompts import read_prompts
 from ocrm_ray.records import GenerationRequest, Sample, Sequence
-from ocrm_ray.stage_folder import StageFolder
-from ocrm_ray.stages import Stages, shuffled_epochs, stage_paths
+from ocrm_ray.stages import StageFolder, Stages, shuffled_epochs, stage_paths
 
 EOS = 1
 
