@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from actors.placement import place
-from actors.remote_actor import ActorSpec, RemoteActor, spawn
+from actors.remote_actor import ActorSpec, spawn
 from actors.session import Session, ray_session
 from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import study_runs
@@ -61,33 +61,16 @@ def forget_training(run_dir: Path) -> None:
 async def _run(config: RunConfig, session: Session, display: ProgressDisplay, arm: str | None) -> dict[str, object]:
     """Run the coordinator's actor to its end and return its summary; its own error is raised here."""
     group = await place("coordinator", [{"CPU": COORDINATOR_CPUS}], config.deadlines.start_s)
-    spec = ActorSpec(
-        role="coordinator",
-        path="actors.run_actor:RunActor",
-        arguments=(config, session.shared_memory),
-        threads=1,
-        asynchronous=True,
-    )
+    arguments = (config, session.shared_memory)
+    spec = ActorSpec("coordinator", "actors.run_actor:RunActor", arguments, threads=1, asynchronous=True)
     coordinator = spawn(spec, group, 0)
     try:
         await coordinator.start(config.deadlines.start_s)
         running = asyncio.ensure_future(coordinator.call("run", deadline_s=None))
-        await _show_until_done(running, coordinator, display, arm, config.deadlines.request_s)
+        while not (await asyncio.wait({running}, timeout=POLL_S))[0]:
+            state = await coordinator.call("progress", deadline_s=config.deadlines.request_s)
+            display.update(replace(state, arm=arm))
         summary: dict[str, object] = await running
         return summary
     finally:
         coordinator.kill()
-
-
-async def _show_until_done(
-    running: "asyncio.Future[object]",
-    coordinator: RemoteActor,
-    display: ProgressDisplay,
-    arm: str | None,
-    deadline_s: float,
-) -> None:
-    while not running.done():
-        await asyncio.wait({running}, timeout=POLL_S)
-        if not running.done():
-            state = await coordinator.call("progress", deadline_s=deadline_s)
-            display.update(replace(state, arm=arm))

@@ -1,6 +1,7 @@
 """The stages' cluster over Ray: starts the actors that a stage needs, and the pools of RL."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +129,10 @@ class RayCluster:
         return cast(PoolType, await asyncio.shield(self._started[kind.name]))
 
     async def _generation(self) -> RayGenerationPool:
-        return await self._once(RayGenerationPool, self._generation_specs)
+        pool = await self._once(RayGenerationPool, self._generation_specs)
+        # a quarter more than it decodes, so that the next request is there when one ends
+        pool.max_open_samples = self.config.pools.generation.max_running * 5 // 4
+        return pool
 
     async def _policy(self) -> RayPolicyPool:
         reward_path = self.paths.reward if self.config.policy.algorithm == "ppo" else None
@@ -141,10 +145,13 @@ class RayCluster:
         )
 
     async def _scoring(self) -> RayScoringPool:
-        return await self._once(
-            RayScoringPool,
-            lambda: self._specs("scoring", "actors.scoring:ScoringActor", self.config.pools.scoring, self.paths.sft),
-        )
+        pool = self.config.pools.scoring
+
+        def specs() -> list[ActorSpec]:
+            *scorers, background = self._specs("scoring", "actors.scoring:ScoringActor", pool, self.paths.sft)
+            return [*scorers, replace(background, role="ratios", yields=_shares_cores(pool))]
+
+        return await self._once(RayScoringPool, specs)
 
     async def _reward(self) -> RayRewardPool:
         pool = self.config.pools.reward
@@ -164,8 +171,11 @@ class RayCluster:
         )
 
     def _refitter(self, reward_path: str | None) -> ActorSpec:
-        arguments = (self.paths.sft, reward_path, self.config.run_dir)
-        return self._spec("refit", "actors.reward:RewardRefitter", self.config.pools.reward, *arguments)
+        pool = self.config.pools.reward
+        spec = self._spec(
+            "refit", "actors.reward:RewardRefitter", pool, self.paths.sft, reward_path, self.config.run_dir
+        )
+        return replace(spec, yields=_shares_cores(pool))
 
     def _generation_specs(self) -> list[ActorSpec]:
         pool, trust = self.config.pools.generation, self.config.trust_remote_code
@@ -195,3 +205,8 @@ class RayCluster:
 
     def _spec(self, role: str, path: str, pool: Pool, *arguments: Any) -> ActorSpec:
         return ActorSpec(role, path, (self.config, *arguments), pool.threads_per_actor)
+
+
+def _shares_cores(pool: Pool) -> bool:
+    """Whether a correction's work would take cores from rollouts and training."""
+    return pool.gpus_per_actor == 0 and sys.platform == "linux"

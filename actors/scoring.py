@@ -19,7 +19,7 @@ from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
 from ocrm_ray.reward_learning import pair_rows, pair_table
 
-LIVE = "live"
+LIVE, SFT = "live", "sft"
 
 
 class ScoringActor:
@@ -45,12 +45,15 @@ class ScoringActor:
         self._sft = self._load(self._sft_path)
         self._anchor = self._sft
 
-    def score(self, sequences: Seq[Sequence], anchor: str = LIVE) -> tuple[list[FloatArray], list[FloatArray]]:
-        """(anchor, SFT) log-probs [T] at the rollout temperature; ``anchor``: ``live`` or a promotion_id."""
+    def score(self, sequences: Seq[Sequence], models: Seq[str] = (LIVE, SFT)) -> list[list[FloatArray]]:
+        """For each of ``models`` log-probs [T] at the rollout temperature: ``sft``, ``live`` or a promotion_id.
+
+        Models that are the same network are computed once.
+        """
         table = SequenceTable(sequences, self._tokenizer.pad_token_id)
-        sft = self._logprobs(self._sft, table)
-        network = self._network(anchor)
-        return (sft if network is self._sft else self._logprobs(network, table)), sft
+        networks = [self._sft if model == SFT else self._network(model) for model in models]
+        rows = {id(network): self._logprobs(network, table) for network in dict.fromkeys(networks)}
+        return [rows[id(network)] for network in networks]
 
     def load_snapshot(self, weights: PolicyWeights) -> None:
         """Hold the snapshot, so that its file may go; it takes the place of an earlier one."""

@@ -17,7 +17,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 import actors
 import ocrm_ray
 from actors.shared_memory import shared_folder
-from ocrm_ray.errors import Problem, UserError
+from ocrm_ray.errors import UserError, mistake
 
 LOOPBACK = "127.0.0.1"
 LOCAL_FOLDER = Path(f"/tmp/ray-{os.getuid()}")
@@ -58,9 +58,7 @@ def ray_session(run: str, *, log_to_driver: bool = False) -> Iterator[Session]:
             info = _initialise(namespace=f"ocrm-{run}", log_to_driver=log_to_driver, **options)
             # Ray's own handler, set by init, exits from inside the event loop and then aborts now and again
             signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
-            if (
-                on_sigint is signal.SIG_IGN
-            ):  # as a shell leaves it to a job in the background: SIGTERM must still end it
+            if on_sigint is signal.SIG_IGN:  # as in a shell's job in the background: SIGTERM must still end it
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             yield Session(address=info["address"], logs=Path(info["session_dir"]) / "logs", shared_memory=folder)
         finally:
@@ -91,7 +89,7 @@ def _require_listener(address: str) -> None:
 
 
 def _address_error(got: str, need: str, do: str) -> UserError:
-    return UserError([Problem("RAY_ADDRESS", f"{os.environ['RAY_ADDRESS']!r} ({got})", need, do)])
+    return mistake("RAY_ADDRESS", f"{os.environ['RAY_ADDRESS']!r} ({got})", need, do)
 
 
 def _package_folders() -> list[Path]:
@@ -106,8 +104,7 @@ def _stay_on_loopback() -> None:
 def _local_options() -> dict[str, Any]:
     _stay_on_loopback()  # else its ports listen on every interface
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    inherited = os.environ.get("PYTHONPATH")
-    search_path = [str(folder.parent) for folder in _package_folders()] + ([inherited] if inherited else [])
+    search_path = dict.fromkeys([*(str(folder.parent) for folder in _package_folders()), os.environ.get("PYTHONPATH")])
     return {
         "address": "local",
         "include_dashboard": False,
@@ -115,7 +112,7 @@ def _local_options() -> dict[str, Any]:
         "object_store_memory": OBJECT_STORE_BYTES,
         "_temp_dir": str(LOCAL_FOLDER),
         # a variable rather than sys.path: the processes that vLLM spawns import from it too
-        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(search_path))}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, search_path))}},
     }
 
 

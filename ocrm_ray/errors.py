@@ -42,6 +42,11 @@ class UserError(OcrmError):
         return type(self), (self.problems,)
 
 
+def mistake(path: str, got: str, need: str, do: str) -> UserError:
+    """A single mistake as an error."""
+    return UserError([Problem(path, got, need, do)])
+
+
 class RunError(OcrmError):
     """The run cannot go on; the message says why."""
 

@@ -106,15 +106,15 @@ def _model_problems(config: RunConfig, models: Mapping[str, ModelFacts]) -> Iter
 
 
 def _data_problems(config: RunConfig) -> list[Problem]:
-    from ocrm_ray.preferences import inspect_pairs
-    from ocrm_ray.prompts import inspect_prompts
+    from ocrm_ray.preferences import PAIR_ROWS
+    from ocrm_ray.prompts import PROMPT_ROWS
 
     prompts, pairs = config.data.prompts, config.pairs.ready
     problems: list[Problem] = []
     if prompts and not _is_on_hub(prompts):
-        problems += inspect_prompts(prompts, "data.prompts") or _count_problems(config, prompts)
+        problems += PROMPT_ROWS.inspect(prompts) or _count_problems(config, prompts)
     if pairs and not _is_on_hub(pairs):
-        problems += inspect_pairs(pairs, "pairs.ready")
+        problems += PAIR_ROWS.inspect(pairs)
     return problems
 
 

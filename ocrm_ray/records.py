@@ -32,7 +32,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """Sample ``num_samples`` responses to one prompt; sample i uses seed ``seed + i``."""
+    """Sample ``num_samples`` responses to one prompt, sample i with seed ``seed + i``; low ``priority`` first."""
 
     request_id: str
     prompt: Prompt
@@ -42,6 +42,7 @@ class GenerationRequest:
     seed: int
     top_p: float = 1.0
     top_k: int = 0
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

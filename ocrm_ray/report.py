@@ -1,8 +1,8 @@
 """``report.html`` and ``plots/*.png`` of one run, rebuilt from the files in its folder and nothing else."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -18,17 +18,6 @@ Fact: TypeAlias = tuple[str, str, str]
 """Name, value, what the figure means."""
 
 NOT_MEASURED = "n/a"
-SUMMARY = (
-    ("gold_mean", "Gold reward", "last evaluation, mean over held-out prompts"),
-    ("gold_se", "Standard error", "of the gold reward"),
-    ("gold_win_rate", "Gold win rate", "against the SFT model, a tie counts half"),
-    ("gold_peak", "Gold peak", "largest mean of three neighbouring evaluations"),
-    ("gold_drop_from_peak", "Gold drop from peak", "peak less last evaluation"),
-    ("proxy_mean", "Proxy reward", "score of the live reward model, last evaluation"),
-    ("kl_sft", "KL from the SFT model", "nats a response, last evaluation"),
-    ("steps", "Policy updates", ""),
-    ("wall_s", "Wall time", "seconds"),
-)
 MEASURES = (
     ("step_s", np.median, "Step", "seconds, median"),
     ("rollout_wait_s", np.sum, "Training waited for rollouts", "seconds, stragglers included"),
@@ -56,13 +45,15 @@ def write_report(run_dir: Path) -> Path:
 
 def render_report(run: Run, pictures: Collection[str]) -> str:
     """The page, showing ``plots/NAME.png`` for the given names."""
+    import yaml
+
     steps, samples = shown_samples(run.samples)
     return load_template("report.html").render(
         name=run.run_dir.resolve().name,
-        status=status(run),
         run=run,
+        planned=(yaml.safe_load(run.config_text) or {}).get("policy", {}).get("num_updates", 0),
         pictures=pictures,
-        summary=list(summary_facts(summary_of(run.metrics))),
+        summary=summary_of(run.metrics),
         windows=correction_windows(run),
         machine=list(machine_facts(run.metrics)),
         incidents=[event for event in run.events if event["event"] in INCIDENTS],
@@ -93,33 +84,12 @@ def figure_text(value: float | None, digits: int = 3) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
-def status(run: Run) -> str:
-    """Whether the run is finished, in words."""
-    import yaml
-
-    done = summary_of(run.metrics)["steps"]
-    policy = (yaml.safe_load(run.config_text) or {}).get("policy", {})
-    planned = policy.get("num_updates", done)
-    if not run.metrics:
-        return "No policy update yet."
-    return (
-        f"Finished: {done} policy updates." if done >= planned else f"Unfinished: {done} of {planned} policy updates."
-    )
-
-
-def summary_facts(summary: Mapping[str, Any]) -> Iterator[Fact]:
-    """What ``summary.json`` has measured."""
-    for key, name, note in SUMMARY:
-        if summary[key] is not None:
-            yield name, figure_text(summary[key]), note
-
-
 def machine_facts(metrics: Sequence[Row]) -> Iterator[Fact]:
     """Step time, waits, idle pools and the sampler's agreement with the trainer, as far as they were measured."""
     for key, reduce, name, note in MEASURES:
         values = column(metrics, key)
-        if np.isfinite(values).any():
-            total = float(reduce(values[np.isfinite(values)]))
+        if (known := values[np.isfinite(values)]).size:
+            total = float(reduce(known))
             yield name, figure_text(int(total) if key.startswith("num_") else total), note
     for pool in POOLS:
         idle = column(metrics, "idle_share", pool)

@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 MARKER = "stage.json"
 
 
 def fingerprint(inputs: Mapping[str, object]) -> str:
     """SHA-256 of what a result depends on, as canonical JSON."""
-    text = json.dumps(inputs, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_fingerprint(name: str) -> str:
@@ -41,19 +41,22 @@ class StageFolder:
         return fingerprint(self.inputs)
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What ``finish`` wrote; {} before."""
+        marker = self.path / MARKER
+        return dict(json.loads(marker.read_text())) if marker.is_file() else {}
+
+    @property
     def is_done(self) -> bool:
         """Whether the result is there, complete, and made from these inputs."""
-        marker = self.path / MARKER
-        return marker.is_file() and json.loads(marker.read_text())["fingerprint"] == self.fingerprint
+        return self.facts.get("fingerprint") == self.fingerprint
 
-    def begin(self) -> Path:
+    def begin(self) -> None:
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
-        return self.path
 
     def finish(self, **facts: object) -> None:
-        """``facts`` are for people to read."""
         marker = self.path / MARKER
         staged = marker.with_suffix(".tmp")
         staged.write_text(json.dumps({"fingerprint": self.fingerprint, **facts}, indent=2, default=str) + "\n")

@@ -71,14 +71,14 @@ def test_staged_anchor_scores_beside_the_live_one_until_the_commit(actor, tmp_pa
     actor.stage_anchor("snapshot-3", published(tmp_path))
     moved = expected_rows(moved_policy(), SEQUENCES, TEMPERATURE)
     live, sft = actor.score(SEQUENCES)
-    staged, _ = actor.score(SEQUENCES, "snapshot-3")
+    staged, _ = actor.score(SEQUENCES, ("snapshot-3", "sft"))
     assert_rows_close(live, sft)
     assert_rows_close(staged, moved)
     actor.commit("snapshot-3", 3)
     anchor, sft_after = actor.score(SEQUENCES)
     assert_rows_close(anchor, moved)
     assert_rows_close(sft_after, sft)
-    assert_rows_close(actor.score(SEQUENCES, "snapshot-3")[0], moved)
+    assert_rows_close(actor.score(SEQUENCES, ("snapshot-3", "sft"))[0], moved)
 
 
 def test_commit_again_or_of_nothing_staged_changes_nothing(actor, tmp_path):
@@ -94,7 +94,7 @@ def test_commit_again_or_of_nothing_staged_changes_nothing(actor, tmp_path):
 
 def test_unknown_slot_is_refused(actor):
     with pytest.raises(AssertionError, match="no anchor in slot"):
-        actor.score(SEQUENCES, "snapshot-99")
+        actor.score(SEQUENCES, ("snapshot-99",))
 
 
 def test_pairs_are_summed_under_the_snapshot_at_the_rollout_temperature(actor, tmp_path):
