@@ -118,15 +118,13 @@ def main() -> None:
     for kind, values in seconds.items():
         ratio = statistics.median(copy / value for copy, value in zip(seconds["memcpy"], values, strict=True))
         speeds = sorted(num_bytes / value / 1e9 for value in values)
-        print(
-            f"{kind:24} {statistics.median(speeds):7.1f} GB/s ({speeds[0]:.1f}..{speeds[-1]:.1f}), {ratio:4.0%} of memcpy"
-        )
+        spread = f"({speeds[0]:.1f}..{speeds[-1]:.1f})"
+        print(f"{kind:24} {statistics.median(speeds):7.1f} GB/s {spread}, {ratio:.0%} of memcpy")
     for state, publishes in reports.items():
         for what in ("transfer_s", "repack_s", "pause_s"):
             values = sorted(1000 * getattr(report, what) for report in publishes)
-            print(
-                f"{what[:-2] + ', ' + state:24} {statistics.median(values):7.1f} ms   ({values[0]:.1f}..{values[-1]:.1f})"
-            )
+            spread = f"({values[0]:.1f}..{values[-1]:.1f})"
+            print(f"{what[:-2] + ', ' + state:24} {statistics.median(values):7.1f} ms   {spread}")
 
 
 if __name__ == "__main__":
