@@ -73,7 +73,7 @@ class PolicyActor:
         self._run_dir = run_dir
         self._exports_dir = exports_dir
         self._by_nccl = by_nccl
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._reader = WeightReader()
         self._version = 0
         self._num_scheduled = 0
