@@ -1,6 +1,7 @@
 """The policy's trainer: updates, exports of its weights, and what a promotion changes in it."""
 
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from actors.weight_transport import WeightExporter, WeightReader
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
 from ocrm_ray.inference import table_logprobs
-from ocrm_ray.networks import load_causal_lm, load_tokenizer, response_logprobs, response_logprobs_and_entropy
+from ocrm_ray.networks import load_causal_lm, load_tokenizer
 from ocrm_ray.policy_learning import (
     Experience,
     MicroBatch,
@@ -29,9 +30,10 @@ from ocrm_ray.policy_learning import (
     minibatches,
     policy_loss,
     require_live_scores,
+    with_old_logprobs,
 )
 from ocrm_ray.preferences import read_pairs
-from ocrm_ray.records import FloatArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
+from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
 from ocrm_ray.reward_learning import calibration_sequences
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -75,6 +77,7 @@ class PolicyActor:
         self._reader = WeightReader()
         self._version = 0
         self._num_scheduled = 0
+        self._gap = math.inf
         self._reward_version = 0
         self._anchor_version = 0
         self._critic: Critic | None = None
@@ -93,6 +96,7 @@ class PolicyActor:
             zero_stage=config.policy.zero_stage,
             dtype=pool.dtype,
             beta2=config.policy.adam_beta2,
+            checkpointing=config.policy.gradient_checkpointing,
         )
         self._engine = TrainingEngine(model, settings)
         self._exporter = self._make_exporter()
@@ -107,18 +111,24 @@ class PolicyActor:
         require_live_scores(rollouts, self._reward_version, self._anchor_version)
         policy = self._config.policy
         experience = collect_experience(rollouts, self._tokenizer.pad_token_id)
+        if policy.num_epochs * policy.num_minibatches > 1:
+            is_exact = (experience.versions == self._version) & (self._gap <= policy.reuse_logprobs_within)
+            compute = functools.partial(self._old_logprobs, experience.table)
+            experience = with_old_logprobs(experience, is_exact, compute)
         values = self._critic.values(experience.table) if self._critic else None
         targets = build_targets(experience, policy, self._config.rollout, values)
         statistics = UpdateStatistics()
         for epoch in range(policy.num_epochs):
             seed = (self._config.seed, self._version, epoch)
             for rows in minibatches(len(experience.table), policy.num_minibatches, seed):
-                cut = micro_batches(experience, targets, rows, policy.micro_batch_size, self._engine.device)
+                cut = micro_batches(experience, targets, rows, policy, self._engine.device)
                 if micros := list(cut):
                     self._learn(micros, experience, statistics, is_first_epoch=epoch == 0)
         self._version += 1
         self._num_scheduled += 1
-        return statistics.report(experience, self._version, time.perf_counter() - started)
+        report = statistics.report(experience, self._version, time.perf_counter() - started)
+        self._gap = report.logprob_gap if statistics.num_gap_tokens else self._gap
+        return report
 
     @_alone
     def export_weights(self) -> PolicyWeights:
@@ -138,7 +148,7 @@ class PolicyActor:
     def logprobs(self, sequences: Seq[Sequence]) -> list[FloatArray]:
         """Log-probs [T] of the responses at temperature 1."""
         table = SequenceTable(sequences, self._tokenizer.pad_token_id)
-        return table_logprobs(self._engine.forward, table, 1.0, self._config.pools.policy.batch_size)
+        return table_logprobs(self._engine.forward, table, 1.0, self._config.pools.policy)
 
     @_alone
     def stage(self, promotion_id: str, refit: RefitReport | None) -> None:
@@ -188,30 +198,27 @@ class PolicyActor:
         """One optimiser step on a minibatch, of the critic too."""
         # What a sampler's log-probs are compared with must come from weights that this update has not changed.
         is_untouched = not statistics.losses
-        loss, clip_share = torch.zeros(2, device=self._engine.device).unbind()
+        policy, rollout = self._config.policy, self._config.rollout
+        sums = torch.zeros(3, device=self._engine.device)
         for number, micro in enumerate(micros, start=1):
-            logprobs = self._logprobs(micro, statistics, with_entropy=is_first_epoch)
+            logprobs, entropy = self._engine.forward(micro.batch, rollout.temperature, is_first_epoch)
+            if entropy is not None:
+                statistics.add_entropy(entropy, micro)
             if is_untouched:
                 statistics.add_gap(logprobs, micro, experience, self._version)
-            part, part_clipped = policy_loss(logprobs, micro, self._config.policy)
-            self._engine.accumulate(part, is_last=number == len(micros))
-            loss, clip_share = loss + part.detach(), clip_share + part_clipped
-        policy = self._config.policy
+            loss, *shares = policy_loss(logprobs, micro, policy, rollout.importance_cap)
+            self._engine.accumulate(loss, is_last=number == len(micros))
+            sums += torch.stack((loss.detach(), *shares))
         period = self._config.correction.every if self._config.correction.reset_optimizer else policy.num_updates
         factor = learning_rate_factor(self._num_scheduled, policy, period)
         statistics.grad_norms.append(self._engine.step(factor))
-        statistics.losses.append(float(loss))
-        statistics.clip_shares.append(float(clip_share))
+        statistics.add_step(sums.tolist())
         if self._critic is not None:
             statistics.value_losses.append(self._critic.update(micros, factor))
 
-    def _logprobs(self, micro: MicroBatch, statistics: UpdateStatistics, *, with_entropy: bool) -> torch.Tensor:
+    def _old_logprobs(self, table: SequenceTable, rows: IntArray) -> list[FloatArray]:
         temperature = self._config.rollout.temperature
-        if not with_entropy:
-            return response_logprobs(self._engine.forward, micro.batch, temperature)
-        logprobs, entropy = response_logprobs_and_entropy(self._engine.forward, micro.batch, temperature)
-        statistics.add_entropy(entropy, micro)
-        return logprobs
+        return table_logprobs(self._engine.forward, table, temperature, self._config.pools.policy, rows)
 
     def _make_exporter(self) -> WeightExporter:
         checksum = self._config.publish.checksum

@@ -9,10 +9,10 @@ import torch
 
 from actors.training_engine import EngineSettings, TrainingEngine, start_process, training_device
 from ocrm_ray.algorithm.calibration import calibration, recentre
-from ocrm_ray.batches import PaddedBatch, SequenceTable, length_chunks
+from ocrm_ray.batches import SequenceTable, length_chunks
 from ocrm_ray.config import RewardTraining, RunConfig
 from ocrm_ray.inference import row_scores
-from ocrm_ray.networks import ScalarModel, last_token_scores, load_reward_model, load_tokenizer
+from ocrm_ray.networks import ScalarModel, load_reward_model, load_tokenizer
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import Calibration, FloatArray, IntArray, RefitReport, RefitRequest, Sequence
 from ocrm_ray.reward_learning import (
@@ -89,7 +89,8 @@ class RewardServer:
         return model, Calibration(mean, std)
 
     def _raw_scores(self, model: ScalarModel, table: SequenceTable) -> torch.Tensor:
-        return row_scores(model, table, np.arange(len(table)), self._config.pools.reward.batch_size)
+        pool = self._config.pools.reward
+        return row_scores(model, table, np.arange(len(table)), pool.batch_size, pool.batch_tokens)
 
 
 class RewardRefitter:
@@ -154,6 +155,7 @@ class RewardRefitter:
             zero_stage=self._config.policy.zero_stage,
             dtype=dtype,
             weight_decay=training.weight_decay,
+            checkpointing=self._config.policy.gradient_checkpointing,
         )
         engine = TrainingEngine(model, settings)
         try:
@@ -173,7 +175,7 @@ class RewardRefitter:
         loss = 0.0
         for step, batch in enumerate(batches):
             weights = None if request.weights is None else request.weights[batch]
-            batch_loss = self._train_batch(engine, request.indices[batch], weights, training.micro_batch_size)
+            batch_loss = self._train_batch(engine, request.indices[batch], weights, training)
             engine.step(cosine_factor(step, len(batches)))
             self._progress = (step + 1, len(batches))
             if step >= last_epoch:
@@ -181,19 +183,22 @@ class RewardRefitter:
         return loss
 
     def _train_batch(
-        self, engine: TrainingEngine, pairs: IntArray, weights: FloatArray | None, micro_batch_size: int
+        self, engine: TrainingEngine, pairs: IntArray, weights: FloatArray | None, training: RewardTraining
     ) -> float:
         """Accumulate the gradient of one optimiser batch of pairs; returns its mean loss."""
-        chunks = length_chunks(self._lengths[pairs], micro_batch_size)
+        max_tokens = training.micro_batch_tokens
+        # Padding is kept small below, where the two sequences of a pair go apart.
+        chunks = length_chunks(self._lengths[pairs], training.micro_batch_size, max_tokens, max_padding=1.0)
         total = 0.0
         for number, chunk in enumerate(chunks, start=1):
-            batch: PaddedBatch = self._train.batch(pair_rows(pairs[chunk])).to(engine.device)
-            part = None if weights is None else torch.from_numpy(weights[chunk]).to(engine.device)
-            loss = weighted_pair_loss(last_token_scores(engine.forward, batch), part, len(pairs))
+            scores = row_scores(engine.forward, self._train, pair_rows(pairs[chunk]), 2 * len(chunk), max_tokens)
+            part = None if weights is None else torch.from_numpy(weights[chunk])
+            loss = weighted_pair_loss(scores, part, len(pairs))
             engine.accumulate(loss, is_last=number == len(chunks))
             total += loss.item()
         return total
 
     def _heldout_accuracy(self, engine: TrainingEngine) -> float:
-        rows = np.arange(len(self._heldout))
-        return pair_accuracy(row_scores(engine.forward, self._heldout, rows, self._config.pools.reward.batch_size))
+        rows, pool = np.arange(len(self._heldout)), self._config.pools.reward
+        with torch.no_grad():
+            return pair_accuracy(row_scores(engine.forward, self._heldout, rows, pool.batch_size, pool.batch_tokens))

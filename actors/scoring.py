@@ -72,8 +72,7 @@ class ScoringActor:
                 self.load_snapshot(weights)
             assert self._snapshot is not None
             network, temperature = self._snapshot[1], self._config.rollout.temperature
-        batch_size = self._config.pools.scoring.batch_size
-        sums = row_sums(network, self._pairs, pair_rows(indices), temperature, batch_size)
+        sums = row_sums(network, self._pairs, pair_rows(indices), temperature, self._config.pools.scoring)
         return np.ascontiguousarray(sums.view(2, -1).T.numpy())
 
     def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
@@ -103,8 +102,7 @@ class ScoringActor:
         return self._anchor
 
     def _logprobs(self, network: Any, table: SequenceTable) -> list[FloatArray]:
-        batch_size = self._config.pools.scoring.batch_size
-        return table_logprobs(network, table, self._config.rollout.temperature, batch_size)
+        return table_logprobs(network, table, self._config.rollout.temperature, self._config.pools.scoring)
 
     def _load(self, path: str) -> Any:
         dtype = self._config.pools.scoring.dtype
@@ -116,7 +114,7 @@ class ScoringActor:
         empty = {id(old): nn.Parameter(torch.empty_like(old), requires_grad=False) for old in self._sft.parameters()}
         network = copy.deepcopy(self._sft, empty)
         with self._reader.read(weights) as tensors:
-            network.load_state_dict(tensors)
+            network.network.load_state_dict(tensors)
         return network
 
     @cached_property

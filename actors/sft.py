@@ -36,6 +36,7 @@ class SftActor:
             max_grad_norm=self._config.policy.max_grad_norm,
             zero_stage=self._config.policy.zero_stage,
             dtype=pool.dtype,
+            checkpointing=self._config.policy.gradient_checkpointing,
         )
         model = load_causal_lm(self._base_path, dtype=pool.dtype, trust_remote_code=trust)
         self._engine = TrainingEngine(model, settings)
@@ -78,8 +79,8 @@ class SftActor:
 
     def _accumulate(self, table: SequenceTable, rows: IntArray) -> float:
         """Accumulate the gradient of one optimiser batch; returns its mean loss a token."""
-        num_tokens = int(table.response_lengths[rows].sum())
-        chunks = length_chunks(table.lengths[rows], self._config.sft.micro_batch_size)
+        sft, num_tokens = self._config.sft, int(table.response_lengths[rows].sum())
+        chunks = length_chunks(table.lengths[rows], sft.micro_batch_size, sft.micro_batch_tokens)
         total = 0.0
         for number, chunk in enumerate(chunks, start=1):
             batch = table.batch(np.asarray(rows)[chunk]).to(self._engine.device)

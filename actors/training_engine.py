@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ocrm_ray.config import Dtype
 from ocrm_ray.errors import RunError
-from ocrm_ray.networks import ScalarModel, save_model
+from ocrm_ray.networks import CausalModel, ScalarModel, checkpoint_layers, save_model
 
 ADAM_BETA1 = 0.9
 NEVER = 10**12
@@ -35,6 +35,7 @@ class EngineSettings:
     dtype: Dtype
     weight_decay: float = 0.0
     beta2: float = 0.999
+    checkpointing: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -74,9 +75,11 @@ def join_process_group() -> None:
 class TrainingEngine:
     """A network that trains: forward with ``engine.forward``, then ``accumulate`` losses, then ``step``."""
 
-    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
+    def __init__(self, module: CausalModel | ScalarModel, settings: EngineSettings) -> None:
         """``module`` is taken over; its parameters are moved, cast and (ZeRO 3) partitioned."""
         join_process_group()
+        if settings.checkpointing:
+            checkpoint_layers(module)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
         self._settings = settings
         self._engine = _initialise(module, settings)
@@ -97,7 +100,7 @@ class TrainingEngine:
     @property
     def network(self) -> Any:
         """The Hugging Face network inside."""
-        return self._module.network if isinstance(self._module, ScalarModel) else self._module
+        return self._module.network
 
     def accumulate(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradient of ``loss``, unscaled: the losses of an optimiser batch's parts sum to that of the whole."""

@@ -15,6 +15,11 @@ from torch import Tensor
 
 from ocrm_ray.records import FloatArray, IntArray, Sequence
 
+MAX_PADDING = 0.04
+"""Share of a chunk's tokens; with the small chunks, which may have more, a whole table stays within 5 %."""
+SMALL_CHUNK = 512
+"""Tokens below which a chunk of its own costs more than padding."""
+
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
@@ -38,6 +43,12 @@ class PaddedBatch:
     def last_positions(self) -> Tensor:
         """[B]: the column of each row's last token."""
         return self.prompt_lengths + self.response_lengths - 1
+
+    def response_tokens(self) -> tuple[Tensor, Tensor]:
+        """Of the N response tokens, row after row: places in the flattened batch that predict them, and themselves."""
+        rows, steps = self.response_mask.nonzero(as_tuple=True)
+        columns = self.prompt_lengths[rows] + steps
+        return rows * self.tokens.shape[1] + columns - 1, self.tokens[rows, columns]
 
     def predicting_positions(self) -> Tensor:
         """[B, T]: the column whose output predicts each response token, held inside the row where T is padding."""
@@ -86,10 +97,25 @@ class SequenceTable:
         )
 
 
-def length_chunks(lengths: IntArray, batch_size: int) -> list[list[int]]:
-    """Indices of ``lengths`` in chunks of at most ``batch_size``, longest first (ties in order)."""
-    order = np.argsort(-lengths, kind="stable")
-    return [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
+def length_chunks(
+    lengths: IntArray, max_rows: int, max_tokens: int, max_padding: float = MAX_PADDING
+) -> list[list[int]]:
+    """Indices of ``lengths``, longest first (ties in order), in chunks that a forward pass takes.
+
+    A chunk has at most ``max_rows`` rows and ``max_tokens`` tokens, padding included (one longer sequence goes alone);
+    once it has ``SMALL_CHUNK`` tokens, at most ``max_padding`` of it is padding.
+    """
+    chunks: list[list[int]] = []
+    size = used = width = 0
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length, grown = int(lengths[index]), size + width
+        is_padded = size >= SMALL_CHUNK and grown - used - length > max_padding * grown
+        if not chunks or len(chunks[-1]) == max_rows or grown > max_tokens or is_padded:
+            chunks.append([])
+            size, used, width = 0, 0, length
+        chunks[-1].append(index)
+        size, used = size + width, used + length
+    return chunks
 
 
 def pad_rows(rows: Seq[FloatArray]) -> Tensor:

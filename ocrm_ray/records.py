@@ -118,7 +118,10 @@ class PolicyWeights:
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """One policy update. ``logprob_gap``: mean absolute difference, trainer (before the update) against sampler."""
+    """One policy update. ``logprob_gap``: mean absolute difference, trainer (before the update) against sampler.
+
+    ``truncated_share``: of the loss tokens, those whose importance weight was cut at its cap.
+    """
 
     version: int
     loss: float
@@ -130,6 +133,7 @@ class UpdateReport:
     logprob_gap: float
     seconds: float
     value_loss: float | None = None
+    truncated_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

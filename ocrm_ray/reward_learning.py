@@ -31,8 +31,8 @@ def pair_rows(indices: IntArray) -> IntArray:
 
 
 def pair_lengths(table: SequenceTable) -> IntArray:
-    """Tokens [N] of the longer sequence of each pair."""
-    lengths: IntArray = table.lengths.reshape(-1, 2).max(axis=1)
+    """Tokens [N] of each pair, both its sequences together."""
+    lengths: IntArray = table.lengths.reshape(-1, 2).sum(axis=1)
     return lengths
 
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from tiny_models import pad_batch
 
@@ -39,9 +40,38 @@ def test_table_gives_any_rows_in_the_order_asked_for():
 
 def test_chunks_hold_every_index_once_and_do_not_mix_lengths_needlessly():
     lengths = [3, 9, 1, 7, 5, 9, 2]
-    chunks = length_chunks(np.array(lengths), 3)
+    chunks = length_chunks(np.array(lengths), 3, 100)
     assert [[lengths[index] for index in chunk] for chunk in chunks] == [[9, 9, 7], [5, 3, 2], [1]]
     assert sorted(index for chunk in chunks for index in chunk) == list(range(7))
+
+
+def test_chunk_closes_before_its_padded_tokens_exceed_the_budget():
+    lengths = [3, 9, 2, 7, 8, 2]
+    chunks = length_chunks(np.array(lengths), 10, 20)
+    assert [[lengths[index] for index in chunk] for chunk in chunks] == [[9, 8], [7, 3], [2, 2]]
+
+
+def test_sequence_beyond_the_budget_goes_alone():
+    assert length_chunks(np.array([3, 50, 4, 60]), 10, 20) == [[3], [1], [2, 0]]
+
+
+def padding_share(lengths, chunks):
+    padded = sum(len(chunk) * lengths[chunk].max() for chunk in chunks)
+    return 1 - lengths.sum() / padded
+
+
+@pytest.mark.parametrize("spread", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("num_rows", [128, 1000])
+def test_padding_of_ragged_lengths_is_at_most_a_twentieth(num_rows, spread):
+    lengths = np.random.default_rng(0).lognormal(4.5, spread, num_rows).astype(np.int64) + 2
+    chunks = length_chunks(lengths, 128, 16384)
+    assert sorted(index for chunk in chunks for index in chunk) == list(range(num_rows))
+    assert padding_share(lengths, chunks) <= 0.05
+    assert padding_share(lengths, length_chunks(lengths, 128, 16384, max_padding=1.0)) > 0.05
+
+
+def test_few_tokens_stay_together_whatever_the_padding():
+    assert len(length_chunks(np.array([40, 2, 2, 20, 3, 2, 2]), 128, 16384)) == 1
 
 
 def test_padded_rows_are_cut_back_to_what_they_were():

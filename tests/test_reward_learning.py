@@ -24,9 +24,9 @@ def test_a_batch_of_pairs_is_their_chosen_then_their_rejected_responses():
         assert tuple(row[: len(tokens)]) == tokens
 
 
-def test_length_of_a_pair_is_that_of_its_longer_sequence():
+def test_length_of_a_pair_is_that_of_both_its_sequences():
     pairs = random_pairs(5, seed=2)
-    expected = [max(len(s.prompt_ids + s.response_ids) for s in (pair.chosen, pair.rejected)) for pair in pairs]
+    expected = [sum(len(s.prompt_ids + s.response_ids) for s in (pair.chosen, pair.rejected)) for pair in pairs]
     assert pair_lengths(pair_table(pairs, pad_id=0)).tolist() == expected
 
 

@@ -80,6 +80,9 @@ class TorchPolicy:
     async def export_weights(self) -> PolicyWeights:
         return self._exporter.export(self.version, self.model.state_dict())
 
+    async def send_weights(self, weights: PolicyWeights) -> None:
+        self._exporter.send(weights)
+
     async def release_weights(self, weights: PolicyWeights) -> None:
         self._exporter.release(weights)
 
@@ -118,6 +121,10 @@ class Bench:
         publisher = WeightPublisher(pool, policy, Probe(), lambda event, **fields: None)
         self.run(publisher.start(_sequences(prompt_tokens)))
         return publisher
+
+
+async def publish(publisher: WeightPublisher) -> None:
+    await publisher.put_live(await publisher.export())
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +295,7 @@ def test_after_new_weights_the_gap_is_that_of_a_fresh_engine(bench):
     policy = bench.policy()
     publisher = bench.publisher(policy, bench.actor)
     policy.step()
-    bench.run(publisher.publish())
+    bench.run(publish(publisher))
     scores = bench.run(bench.actor.score(_sequences(LONG_PROMPT)))
     for score, sequence in zip(scores, _sequences(LONG_PROMPT), strict=True):
         np.testing.assert_allclose(score, policy.forward(sequence), atol=1e-3)
@@ -320,7 +327,7 @@ def test_a_skipped_publish_is_found(bench):
     publisher = bench.publisher(policy, SkippedPublish(bench.actor))
     policy.step()
     with pytest.raises(StaleWeightsError, match="version 1"):
-        bench.run(publisher.publish())
+        bench.run(publish(publisher))
 
 
 def test_a_stale_tied_head_is_found(bench):
@@ -331,7 +338,7 @@ def test_a_stale_tied_head_is_found(bench):
     bench.run(engine.collective_rpc("drop_head", args=(True,)))
     try:
         with pytest.raises(StaleWeightsError):
-            bench.run(publisher.publish())
+            bench.run(publish(publisher))
     finally:
         bench.run(engine.collective_rpc("drop_head", args=(False,)))
 
@@ -342,7 +349,7 @@ def test_a_kept_prefix_cache_is_found_with_long_prompts_and_needs_its_own_mean(b
     policy.step()
     _keep_prefix_cache(bench.actor, monkeypatch)
     with pytest.raises(StaleWeightsError):
-        bench.run(publisher.publish())
+        bench.run(publish(publisher))
     fresh_tokens = [
         np.delete(np.abs(score - policy.forward(sequence)), -1)
         for score, sequence in zip(

@@ -7,7 +7,7 @@ from tiny_models import EOS, build_policy, pad_batch, random_pairs, run_config, 
 
 from actors.scoring import ScoringActor
 from actors.weight_transport import WeightExporter
-from ocrm_ray.networks import response_logprobs
+from ocrm_ray.networks import CausalModel, response_logprobs
 
 PAIRS = random_pairs(11, seed=1)
 SEQUENCES = [pair.chosen for pair in PAIRS]
@@ -44,7 +44,7 @@ def published(tmp_path, version=3):
 
 def expected_rows(model, sequences, temperature):
     with torch.no_grad():
-        return [response_logprobs(model, pad_batch([s], EOS), temperature)[0].numpy() for s in sequences]
+        return [response_logprobs(CausalModel(model), pad_batch([s], EOS), temperature)[0].numpy() for s in sequences]
 
 
 def assert_rows_close(rows, expected):
