@@ -44,4 +44,4 @@ class EvaluationActor:
     def gold(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
         """Gold scores [N] of the responses."""
         assert self._gold is not None, "labels and gold scores need a gold scorer"
-        return self._gold.score(prompts, responses, references)
+        return self._gold(prompts, responses, references)

@@ -76,7 +76,7 @@ class HeldoutEvaluator:
             return None
         owners = [prompt for prompt, texts in zip(self._prompts, responses, strict=True) for _ in texts]
         references = [prompt.reference for prompt in owners]
-        scores = iter(self._gold.score([prompt.text for prompt in owners], list(chain(*responses)), references))
+        scores = iter(self._gold([prompt.text for prompt in owners], list(chain(*responses)), references))
         return [list(islice(scores, len(texts))) for texts in responses]
 
     def _gold_measures(self, gold: list[list[float]], proxy: Seq[FloatArray]) -> dict[str, Any]:

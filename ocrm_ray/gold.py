@@ -2,8 +2,8 @@
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +12,9 @@ import torch
 from ocrm_ray.config import ClassifierGold, FunctionGold, Gold, PraiseWorld, SimilarityGold
 from ocrm_ray.errors import mistake
 
-GoldFunction: TypeAlias = Callable[[list[str], list[str], list[str | None]], Sequence[float]]
-
-
-class GoldScorer(Protocol):
-    """What the policy is meant to please; never seen by reward-model training but through labels."""
-
-    def score(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
-        """One finite number a response."""
-        ...
+GoldScorer: TypeAlias = Callable[[list[str], list[str], list[str | None]], list[float]]
+"""Of prompts, responses and references [N] one finite number a response. What the policy is meant to please: never seen
+by reward-model training but through labels."""
 
 
 def load_gold(gold: Gold | None, world: PraiseWorld | None, *, trust_remote_code: bool) -> GoldScorer | None:
@@ -30,9 +24,9 @@ def load_gold(gold: Gold | None, world: PraiseWorld | None, *, trust_remote_code
     that cannot be loaded or has more than one label.
     """
     if gold is None:
-        return None if world is None else FunctionScorer(FunctionGold(path="ocrm_ray.praise:gold"))
+        return None if world is None else function_scorer("ocrm_ray.praise:gold")
     if isinstance(gold, FunctionGold):
-        return FunctionScorer(gold)
+        return function_scorer(gold.path)
     if isinstance(gold, ClassifierGold):
         return ClassifierScorer(gold, trust_remote_code=trust_remote_code)
     return SimilarityScorer(gold, trust_remote_code=trust_remote_code)
@@ -56,31 +50,32 @@ def label_pairs(
     return np.asarray(rng.random(difference.shape) < win_chance)
 
 
-class FunctionScorer:
-    """Calls a Python function ``f(prompts, responses, references)``."""
+def function_scorer(path: str) -> GoldScorer:
+    """The Python function ``f(prompts, responses, references)`` at an import path, its scores checked.
 
-    def __init__(self, config: FunctionGold) -> None:
-        self._path = path = config.path
-        module, _, name = path.partition(":")
-        need, do = "an importable function package.module:function", "correct the path, or set PYTHONPATH"
-        try:
-            self._function: GoldFunction = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise mistake("gold.path", f"{path!r} ({error})", need, do) from error
-        if not callable(self._function):
-            raise mistake("gold.path", f"{path!r}, a {type(self._function).__name__}", need, do)
+    Raises UserError, as the scorer does if it gets another number of scores, or one that is not finite.
+    """
+    module, _, name = path.partition(":")
+    need, do = "an importable function package.module:function", "correct the path, or set PYTHONPATH"
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise mistake("gold.path", f"{path!r} ({error})", need, do) from error
+    if not callable(function):
+        raise mistake("gold.path", f"{path!r}, a {type(function).__name__}", need, do)
 
-    def score(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
-        """Raises UserError if the function returns another number of scores, or one that is not finite."""
-        scores = [float(score) for score in self._function(prompts, responses, references)]
+    def score(prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
+        scores = [float(score) for score in function(prompts, responses, references)]
         if len(scores) != len(responses):
-            got = f"{len(scores)} scores for {len(responses)} responses from {self._path!r}"
+            got = f"{len(scores)} scores for {len(responses)} responses from {path!r}"
             raise mistake("gold.path", got, "one score a response", "correct the function")
         for response, score in zip(responses, scores, strict=True):
             if not math.isfinite(score):
-                got = f"{score} from {self._path!r} for the response {response[:80]!r}"
+                got = f"{score} from {path!r} for the response {response[:80]!r}"
                 raise mistake("gold.path", got, "finite scores", "correct the function")
         return scores
+
+    return score
 
 
 class _ModelScorer:
@@ -122,7 +117,7 @@ class ClassifierScorer(_ModelScorer):
             self._batch_size = 1
 
     @torch.inference_mode()
-    def score(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
+    def __call__(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
         """Raw logits."""
         scores: list[float] = []
         for part in self._parts(len(responses)):
@@ -154,7 +149,7 @@ class SimilarityScorer(_ModelScorer):
         self._repetition_penalty = config.repetition_penalty
         self._references: dict[str, torch.Tensor] = {}
 
-    def score(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
+    def __call__(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
         """In [-1 - repetition_penalty, 1]. Raises UserError if a reference is missing."""
         known = [reference for reference in references if reference is not None]
         if len(known) < len(references):
