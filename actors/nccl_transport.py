@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,10 @@ from actors.training_engine import training_device
 from actors.weight_transport import WeightExporter, WeightReader
 from ocrm_ray.config import GenerationPool
 from ocrm_ray.records import PolicyWeights
+
+_CALLS = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
+_NO_CLIENT = SimpleNamespace(**dict.fromkeys(_CALLS, lambda *arguments: None))
+"""vLLM's ``VLLMWeightSyncClient`` without effect: engines are told by the actors that hold them."""
 
 
 def ranks_per_engine(pool: GenerationPool) -> int:
@@ -52,13 +57,12 @@ class NcclExporter(WeightExporter):
         return replace(super().export(version, tensors), nccl={"group": self._group, "update": update})
 
     def send(self, weights: PolicyWeights) -> None:
-        assert weights.nccl is not None
         if self._sender is None:
             from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
             where = NCCLTrainerInitInfo(rank=0, **self._group)
-            self._sender = WeightTransferTrainerFactory.trainer_init(where, client=_NoClient(), source=self._source)
+            self._sender = WeightTransferTrainerFactory.trainer_init(where, client=_NO_CLIENT, source=self._source)
         with self._reader.read(weights) as tensors:
             self._source.tensors = {name: tensors[name] for name in weights.nccl["update"]["names"]}
             self._sender.send_weights()
@@ -68,7 +72,6 @@ async def join(engine: Any, weights: PolicyWeights, first_rank: int) -> None:
     """Once for each engine, beside the trainer's first ``send``; ``first_rank``: of the engine's workers."""
     from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-    assert weights.nccl is not None
     init_info = weights.nccl["group"] | {"rank_offset": first_rank, "packed": True}
     await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
@@ -77,7 +80,6 @@ async def receive(engine: Any, weights: PolicyWeights) -> None:
     """An engine's part of one ``send``, while it stands still."""
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-    assert weights.nccl is not None
     await engine.start_weight_update()
     await engine.update_weights(WeightTransferUpdateRequest(update_info=weights.nccl["update"]))
     await engine.finish_weight_update()
@@ -95,15 +97,3 @@ class _Source:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, tensor.to(training_device())) for name, tensor in self.tensors.items())
-
-
-class _NoClient:
-    """vLLM's ``VLLMWeightSyncClient`` without effect: engines are told by the actors that hold them."""
-
-    def init_weight_transfer_engine(self, init_info: Any) -> None: ...
-
-    def start_weight_update(self) -> None: ...
-
-    def update_weights(self, update_info: Any) -> None: ...
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None: ...

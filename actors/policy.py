@@ -73,7 +73,7 @@ class PolicyActor:
         self._run_dir = run_dir
         self._exports_dir = exports_dir
         self._by_nccl = by_nccl
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._reader = WeightReader()
         self._version = 0
         self._num_scheduled = 0
@@ -110,7 +110,7 @@ class PolicyActor:
         started = time.perf_counter()
         require_live_scores(rollouts, self._reward_version, self._anchor_version)
         policy = self._config.policy
-        experience = collect_experience(rollouts, self._tokenizer.pad_token_id)
+        experience = collect_experience(rollouts, self._tokenizer.pad_token_id, self._config.share_prompts)
         if policy.num_epochs * policy.num_minibatches > 1:
             is_exact = (experience.versions == self._version) & (self._gap <= policy.reuse_logprobs_within)
             compute = functools.partial(self._old_logprobs, experience.table)
@@ -147,8 +147,7 @@ class PolicyActor:
     @_alone
     def logprobs(self, sequences: Seq[Sequence]) -> list[FloatArray]:
         """Log-probs [T] of the responses at temperature 1."""
-        table = SequenceTable(sequences, self._tokenizer.pad_token_id)
-        return table_logprobs(self._engine.forward, table, 1.0, self._config.pools.policy)
+        return table_logprobs(self._engine.forward, self._table(sequences), 1.0, self._config.pools.policy)
 
     @_alone
     def stage(self, promotion_id: str, refit: RefitReport | None) -> None:
@@ -230,4 +229,7 @@ class PolicyActor:
     def _make_critic(self, folder: str | Path) -> Critic:
         pairs = read_pairs(self._config.stage_root / "pairs" / "train.jsonl")
         sequences = calibration_sequences(pairs, self._config.reward.num_calibration)
-        return Critic(self._config, folder, SequenceTable(sequences, self._tokenizer.pad_token_id))
+        return Critic(self._config, folder, self._table(sequences))
+
+    def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
+        return SequenceTable(sequences, self._tokenizer.pad_token_id, self._config.share_prompts)

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,9 @@ from ocrm_ray.run_files import read_run
 TIMED_CPUS = 0.01
 """Ray CPUs of each actor, whatever the configuration says: 64 fit one core."""
 
+MANY_ACTORS = ("RAY_worker_maximum_startup_concurrency", "32")
+"""Ray warns where four times as many processes are started."""
+
 
 class NoEvaluator:
     """Nothing is held out in a rehearsal."""
@@ -41,6 +45,7 @@ class NoEvaluator:
 
 def rehearse(config: RunConfig) -> str:
     """Rehearse a configuration that ``prepared`` returned; the figures as text. Leaves nothing behind."""
+    os.environ.setdefault(*MANY_ACTORS)
     with ray_session(config.name), ProgressDisplay() as display:
         measured = asyncio.run(rehearse_on_ray(config, display.update))
     return "\n".join(figure_lines(config, measured))
@@ -61,25 +66,19 @@ async def rehearse_on_ray(config: RunConfig, show: Show) -> Figures:
 def actor_specs(config: RunConfig) -> dict[type[RayPool], list[ActorSpec]]:
     """The actors of each pool; the last ones of two are those that a correction uses."""
     pools = config.pools
-    names: Mapping[type[RayPool], list[str]] = {
+    actors: Mapping[type[RayPool], list[str]] = {
         RayGenerationPool: ["TimedEngine"] * pools.generation.num_actors,
         RayPolicyPool: ["TimedPolicy"] * pools.policy.num_actors,
         RayScoringPool: ["TimedScorer"] * (pools.scoring.num_actors + 1),
         RayRewardPool: [*["TimedServer"] * pools.reward.num_actors, "TimedRefitter"],
     }
-    seeds = itertools.count(1000 * config.seed)
+    sections, seeds = (config.rehearsal, config.rollout), itertools.count(1000 * config.seed)
     return {
         kind: [
-            ActorSpec(
-                role=f"{kind.name}-{number}",
-                path=f"actors.timed:{name}",
-                arguments=(config.rehearsal, config.rollout, next(seeds)),
-                threads=1,
-                asynchronous=True,
-            )
-            for number, name in enumerate(names[kind])
+            ActorSpec(f"{kind.name}-{number}", f"actors.timed:{name}", (*sections, next(seeds)), 1, asynchronous=True)
+            for number, name in enumerate(names)
         ]
-        for kind in names
+        for kind, names in actors.items()
     }
 
 
@@ -91,10 +90,8 @@ async def rehearse_over(config: RunConfig, pools: list[RayPool], folder: Path, s
     clock = asyncio.get_running_loop().time
     with ShownRunLog(folder, config.policy.num_updates, show, clock) as log:
         began = clock() - log.elapsed_s()
-        coordinator = Coordinator(
-            config, Pools(generation, policy, scoring, reward, NoEvaluator()), _training_data(config), log, clock
-        )
-        await coordinator.run()
+        timed = Pools(generation, policy, scoring, reward, NoEvaluator())
+        await Coordinator(config, timed, _training_data(config), log, clock).run()
     booked: Booked = defaultdict(list)
     for pool in pools:
         for work in await call_all(pool.actors, "booked", deadline_s=config.deadlines.request_s):

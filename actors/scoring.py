@@ -50,7 +50,7 @@ class ScoringActor:
 
         Models that are the same network are computed once.
         """
-        table = SequenceTable(sequences, self._tokenizer.pad_token_id)
+        table = SequenceTable(sequences, self._tokenizer.pad_token_id, self._config.share_prompts)
         networks = [self._sft if model == SFT else self._network(model) for model in models]
         rows = {id(network): self._logprobs(network, table) for network in dict.fromkeys(networks)}
         return [rows[id(network)] for network in networks]
@@ -120,7 +120,7 @@ class ScoringActor:
     @cached_property
     def _pairs(self) -> SequenceTable:
         pairs = read_pairs(self._config.stage_root / "pairs" / "train.jsonl")
-        return pair_table(pairs, self._tokenizer.pad_token_id)
+        return pair_table(pairs, self._tokenizer.pad_token_id, self._config.share_prompts)
 
     @cached_property
     def _behaviour(self) -> Any:

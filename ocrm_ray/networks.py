@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs
-from ocrm_ray.batches import PaddedBatch
+from ocrm_ray.batches import PaddedBatch, SequenceTable
 from ocrm_ray.config import Dtype
 from ocrm_ray.errors import RunError
+from ocrm_ray.records import Sequence
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
@@ -45,7 +46,7 @@ class CausalModel(nn.Module):
     def forward(
         self, batch: PaddedBatch, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        hidden = self.network.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        hidden = _hidden_states(self.network, batch)
         positions, tokens = batch.response_tokens()
         logprobs, entropy = head_logprobs(
             self.logits,
@@ -87,7 +88,7 @@ class ScalarModel(nn.Module):
     """A causal sequence-classification network with one label, read at every token: reward model or critic.
 
     Hugging Face reads the score in front of the first padding token, which is the wrong place where padding and
-    EOS share an id; here the caller says which token counts. ``forward``: tokens [B, L] -> float32 [B, L].
+    EOS share an id; here the caller says which token counts. ``forward``: R rows of L tokens -> float32 [R * L].
     """
 
     def __init__(self, network: Any) -> None:
@@ -97,10 +98,35 @@ class ScalarModel(nn.Module):
         network.score.load_state_dict(head.state_dict())
         self.network = network
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.network.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        hidden = _hidden_states(self.network, batch)
         scores: Tensor = self.network.score(hidden)
-        return scores.squeeze(-1)
+        return scores.flatten()
+
+
+def _hidden_states(network: Any, batch: PaddedBatch) -> Tensor:
+    """[R, L, H]. RunError if rows are shared by sequences that the network would not keep apart."""
+    if batch.mask is not None and not getattr(network, "keeps_apart", False):
+        network.keeps_apart = _keeps_apart(network)
+        if not network.keeps_apart:
+            raise RunError(f"{type(network).__name__}: its attention takes no mask of ours, set share_prompts to false")
+    hidden: Tensor = network.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    return hidden
+
+
+@torch.no_grad()
+def _keeps_apart(network: Any) -> bool:
+    """Whether a response in a row with another has the hidden states that it has alone; windows are not tried."""
+    if set(getattr(network.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}:
+        return False
+    sequences = [Sequence((1, 2), (3, 4), True), Sequence((1, 2), (5, 6), True)]
+    hidden = []
+    for share_prompts in (True, False):
+        batch = SequenceTable(sequences, 0, share_prompts).batch([0, 1]).to(next(network.parameters()).device)
+        states = network.base_model(**batch.inputs, use_cache=False).last_hidden_state
+        hidden.append(states.flatten(0, 1)[batch.last_places].float())
+    shared, alone = hidden
+    return bool((shared - alone).abs().max() <= 0.02 * alone.abs().max())
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:
@@ -206,14 +232,14 @@ def response_logprobs(model: Any, batch: PaddedBatch, temperature: float) -> Ten
 
 def last_token_scores(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B]: scores of a reward model at the last token of each sequence."""
-    scores: Tensor = model(batch.tokens)
-    return scores.gather(1, batch.last_positions[:, None]).squeeze(1)
+    scores: Tensor = model(batch)
+    return scores[batch.last_places]
 
 
 def response_values(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B, T]: a critic's values of the states in which the response tokens were chosen, 0 past the end."""
-    values: Tensor = model(batch.tokens)
-    return values.gather(1, batch.predicting_positions()).masked_fill(~batch.response_mask, 0.0)
+    values: Tensor = model(batch)
+    return values[batch.predicting_places()].masked_fill(~batch.response_mask, 0.0)
 
 
 def _draw_head(head: nn.Linear, seed: int) -> None:

@@ -113,7 +113,7 @@ class PolicyWeights:
     num_bytes: int
     checksum: int | None = None
     reference: Any = None
-    nccl: dict[str, Any] | None = None
+    nccl: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ocrm_ray.config import RunConfig
+from ocrm_ray.config import Rehearsal, RunConfig
 from ocrm_ray.cost import UTILISATION, StepCost, cost_lines, measured_cost, predicted_cost, rehearsed_cost, step_cost
 from ocrm_ray.machine import NetworkSizes
 
@@ -167,6 +167,13 @@ def test_a_rehearsals_stages_are_spread_over_their_workers() -> None:
     assert cost.step_s == pytest.approx(16.5)
     fresh = {"prompts_per_step": 8, "max_staleness": 0}
     assert rehearsed(correction={"strategy": "none"}, rollout=fresh).step_s == pytest.approx(16.5 + 4.5 + 16 + 1.5)
+
+
+def test_a_publish_takes_no_less_than_its_pause() -> None:
+    assert [Rehearsal.model_validate(REHEARSAL | {"pause_s": pause_s}).publish_s for pause_s in (1.0, 2.0)] == [
+        1.5,
+        2.0,
+    ]
 
 
 def test_a_candidate_scores_the_queue_at_each_promotion() -> None:

@@ -14,7 +14,8 @@ from actors.nccl_transport import NcclExporter
 from actors.weight_transport import WeightReader
 from ocrm_ray.errors import StaleWeightsError
 
-TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(4, dtype=torch.bfloat16)}
+TENSORS = {"b": torch.ones(4, dtype=torch.bfloat16), "a": torch.arange(6.0).view(2, 3)}
+"""In another order than a segment's."""
 
 
 class Group:

@@ -179,10 +179,26 @@ def test_an_export_stays_what_it_was_through_later_updates_until_its_release(tmp
     assert len(list(held.path.parent.iterdir())) == 2
 
 
+class WatchedLock:
+    """A lock that tells when someone must wait for it."""
+
+    def __init__(self):
+        self.lock, self.waited_for = threading.Lock(), threading.Event()
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.waited_for.set()
+            self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+
 def test_a_release_comes_through_while_an_update_runs_and_a_save_waits_for_its_end(tmp_path, monkeypatch):
     actor = make_actor(tmp_path)
     rollouts, weights = rollouts_of(actor), actor.export_weights()
-    inside, go_on = threading.Event(), threading.Event()
+    inside, go_on, lock = threading.Event(), threading.Event(), WatchedLock()
+    monkeypatch.setattr(actor, "_lock", lock)
     step = actor._engine.step
 
     def held_step(factor):
@@ -196,8 +212,9 @@ def test_a_release_comes_through_while_an_update_runs_and_a_save_waits_for_its_e
         assert inside.wait(60)
         saving = threads.submit(actor.save, "present")
         actor.release_weights(weights)
-        assert not saving.done()
+        was_waited_for = lock.waited_for.wait(20)
         go_on.set()
+        assert was_waited_for
         assert updating.result().version == 1
         saving.result()
     model = load_causal_lm(tmp_path / "test" / "present", dtype="float32", trust_remote_code=False)

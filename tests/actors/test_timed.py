@@ -54,6 +54,7 @@ def rehearsed(folder: Path, **overrides: object) -> Figures:
     config = config_of(**overrides)
 
     async def run() -> Figures:
+        await asyncio.sleep(1000)  # a machine's clock does not start with the run
         pools = [
             kind([InProcess(spec) for spec in specs], None, config.deadlines)
             for kind, specs in actor_specs(config).items()
