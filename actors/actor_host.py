@@ -3,8 +3,8 @@
 The spawning process never imports the class, so that the coordinator stays free of torch, vllm and deepspeed.
 """
 
-import importlib
 import os
+import pkgutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,11 @@ class ActorHost:
     """Runs one actor with synchronous methods; its calls are answered one after the other, in order."""
 
     def __init__(self, spec: "ActorSpec", secrets: Mapping[str, str]) -> None:
-        self._role = spec.role
-        self._path = spec.path
-        self._arguments = spec.arguments
-        self._yields = spec.yields
+        self._spec = spec
         self._secrets = secrets
-        self._actor: Any = None
 
     def __repr__(self) -> str:
-        return self._role
+        return self._spec.role
 
     def start(self) -> None:
         """Import and build the class ``module:name``, then call its ``start``.
@@ -39,10 +35,9 @@ class ActorHost:
 
     def _build(self) -> Any:
         os.environ.update(self._secrets)
-        if self._yields:
+        if self._spec.yields:
             yield_to_others()
-        module, _, name = self._path.partition(":")
-        self._actor = getattr(importlib.import_module(module), name)(*self._arguments)
+        self._actor = pkgutil.resolve_name(self._spec.path)(*self._spec.arguments)
         return self._actor
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from actors.training_engine import EngineSettings, TrainingEngine
@@ -21,9 +22,9 @@ class Critic:
     def __init__(self, config: RunConfig, folder: str | Path, calibration_set: SequenceTable) -> None:
         """``folder``: the reward model to start from."""
         self._policy = config.policy
-        self._batch_size = config.pools.policy.batch_size
+        self._pool = config.pools.policy
         self._scaled = config.reward.scale == "calibration_std"
-        dtype = config.pools.policy.dtype
+        dtype = self._pool.dtype
         model = load_reward_model(folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
         settings = EngineSettings(
             learning_rate=self._policy.critic_learning_rate,
@@ -31,15 +32,19 @@ class Critic:
             zero_stage=self._policy.zero_stage,
             dtype=dtype,
             beta2=self._policy.adam_beta2,
+            checkpointing=self._policy.gradient_checkpointing,
         )
         self._engine = TrainingEngine(model, settings)
         rows = np.arange(len(calibration_set))
-        scores = row_scores(self._engine.forward, calibration_set, rows, self._batch_size)
+        with torch.no_grad():
+            scores = row_scores(
+                self._engine.forward, calibration_set, rows, self._pool.batch_size, self._pool.batch_tokens
+            )
         self._mean, self._std = calibration(scores)
 
     def values(self, table: SequenceTable) -> Tensor:
         """Values [N, T] on the CPU of the states behind the response tokens; anything past a response's end."""
-        return self._calibrated(pad_rows(table_values(self._engine.forward, table, self._batch_size)))
+        return self._calibrated(pad_rows(table_values(self._engine.forward, table, self._pool)))
 
     def update(self, micros: Seq[MicroBatch], factor: float) -> float:
         """One optimiser step on a minibatch; returns its value loss."""

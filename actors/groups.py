@@ -54,8 +54,6 @@ class RayPolicyPool(RayPool):
 
     name = "policy"
     farewell = "close"
-    sends_weights = False
-    """Whether engines take weights from the trainer itself (NCCL), which must send them then."""
 
     async def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
         report: UpdateReport = await self._on_every_rank("update", list(rollouts))
@@ -66,9 +64,8 @@ class RayPolicyPool(RayPool):
         return weights
 
     async def send_weights(self, weights: PolicyWeights) -> None:
-        if self.sends_weights:
-            deadline_s = self.deadlines.publish_s
-            await call_all(self.actors, "send_weights", weights, deadline_s=deadline_s)
+        if weights.nccl is not None:
+            await self.actors[0].call("send_weights", weights, deadline_s=self.deadlines.publish_s)
 
     async def release_weights(self, weights: PolicyWeights) -> None:
         await self._on_every_rank("release_weights", weights)

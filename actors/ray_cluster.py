@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import ray
 
 from actors.generation import engine_environment
 from actors.generation_group import RayGenerationPool
@@ -28,6 +29,21 @@ PROGRESS_S = 1.0
 NUM_LOGPROB_PARTS = 40
 """Messages in which the pairs' log-probs are asked for, so that progress shows."""
 PoolType = TypeVar("PoolType", bound=RayPool)
+
+
+def choose_transport(config: RunConfig, num_nodes: int) -> tuple[bool, bool]:
+    """Whether weights go through Ray's object store instead of shared memory, and whether engines get them by NCCL.
+
+    With NCCL, which needs whole GPUs, scorers still read the copy on the trainer's host.
+    """
+    wanted, pools = config.publish.transport, config.pools
+    whole_gpus = min(pools.policy.gpus_per_actor, pools.generation.gpus_per_actor) >= 1
+    by_nccl = wanted == "nccl" or (wanted == "auto" and whole_gpus)
+    return wanted == "object_store" or (wanted != "shared_memory" and num_nodes > 1), by_nccl
+
+
+def _num_nodes() -> int:
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 class RayTrainer(RayPool):
@@ -120,7 +136,9 @@ class RayCluster:
 
     async def _policy(self) -> RayPolicyPool:
         reward_path = self.paths.reward if self.config.policy.algorithm == "ppo" else None
-        arguments = (self.paths.sft, reward_path, self.config.run_dir, self._shared_memory)
+        through_store, by_nccl = choose_transport(self.config, _num_nodes())
+        exports_dir = None if through_store else self._shared_memory
+        arguments = (self.paths.sft, reward_path, self.config.run_dir, exports_dir, by_nccl)
         return await self._once(
             RayPolicyPool,
             lambda: self._specs("policy", "actors.policy:PolicyActor", self.config.pools.policy, *arguments),
@@ -164,11 +182,12 @@ class RayCluster:
         # one more than is ever generated: the probe asks for a token behind a whole sequence
         num_tokens = self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens + 1
         length = min(num_tokens, context_length(self.paths.sft, trust_remote_code=trust) or num_tokens)
+        _, by_nccl = choose_transport(self.config, _num_nodes())
         return [
             ActorSpec(
                 role=f"generation-{number}",
                 path="actors.generation:GenerationActor",
-                arguments=(pool, self.paths.sft, length, self.config.seed + number, trust),
+                arguments=(self.config, number, self.paths.sft, length, by_nccl),
                 threads=pool.threads_per_actor,
                 asynchronous=True,
                 environment=engine_environment(pool),
@@ -177,7 +196,7 @@ class RayCluster:
         ]
 
     def _specs(self, pool_name: str, path: str, pool: Pool, *arguments: Any) -> list[ActorSpec]:
-        """One spec a bundle of the pool; a second thread stages beside live scores and frees weights beside updates."""
+        """One spec a bundle of the pool; most have a second thread, for what must not wait for a call that is long."""
         concurrency = 1 if pool_name == "evaluation" else 2
         return [
             replace(self._spec(f"{pool_name}-{number}", path, pool, *arguments), concurrency=concurrency)

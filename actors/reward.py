@@ -9,10 +9,10 @@ import torch
 
 from actors.training_engine import EngineSettings, TrainingEngine, start_process, training_device
 from ocrm_ray.algorithm.calibration import calibration, recentre
-from ocrm_ray.batches import PaddedBatch, SequenceTable, length_chunks
+from ocrm_ray.batches import SequenceTable, length_chunks
 from ocrm_ray.config import RewardTraining, RunConfig
 from ocrm_ray.inference import row_scores
-from ocrm_ray.networks import ScalarModel, last_token_scores, load_reward_model, load_tokenizer
+from ocrm_ray.networks import ScalarModel, load_reward_model, load_tokenizer
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import Calibration, FloatArray, IntArray, RefitReport, RefitRequest, Sequence
 from ocrm_ray.reward_learning import (
@@ -25,6 +25,7 @@ from ocrm_ray.reward_learning import (
     pair_table,
     weighted_pair_loss,
 )
+from ocrm_ray.stages import stage_paths
 
 LIVE = "live"
 FIRST = "first"
@@ -49,13 +50,13 @@ class RewardServer:
         start_process(config.pools.reward.threads_per_actor, config.seed)
         self._pad_id = load_tokenizer(self._reward_path, trust_remote_code=config.trust_remote_code).pad_token_id
         pairs = read_pairs(config.stage_root / "pairs" / "train.jsonl")
-        self._calibration_set = SequenceTable(calibration_sequences(pairs, config.reward.num_calibration), self._pad_id)
+        self._calibration_set = self._table(calibration_sequences(pairs, config.reward.num_calibration))
         self._live = self._load(self._reward_path)
 
     def score(self, sequences: Seq[Sequence], slot: str = LIVE) -> FloatArray:
         """Calibrated scores [N], read at the last token; ``slot``: ``live`` or a promotion_id."""
         model, found = self._slot(slot)
-        scores = self._raw_scores(model, SequenceTable(sequences, self._pad_id))
+        scores = self._raw_scores(model, self._table(sequences))
         return recentre(scores, found.mean, found.std, self._config.reward.scale == "calibration_std").numpy()
 
     def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
@@ -71,6 +72,9 @@ class RewardServer:
         if self._staged is not None and self._staged[0] == promotion_id:
             self._live = self._staged[1]
         self._committed, self._staged = promotion_id, None
+
+    def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
+        return SequenceTable(sequences, self._pad_id, self._config.share_prompts)
 
     def _slot(self, slot: str) -> tuple[ScalarModel, Calibration]:
         """A score of a staged model may still be asked for when that model has just become the live one."""
@@ -88,7 +92,8 @@ class RewardServer:
         return model, Calibration(mean, std)
 
     def _raw_scores(self, model: ScalarModel, table: SequenceTable) -> torch.Tensor:
-        return row_scores(model, table, np.arange(len(table)), self._config.pools.reward.batch_size)
+        pool = self._config.pools.reward
+        return row_scores(model, table, np.arange(len(table)), pool.batch_size, pool.batch_tokens)
 
 
 class RewardRefitter:
@@ -112,7 +117,7 @@ class RewardRefitter:
         self._tokenizer = load_tokenizer(self._sft_path, trust_remote_code=self._config.trust_remote_code)
         folder = self._config.stage_root / "pairs"
         self._train, self._heldout = (
-            pair_table(read_pairs(folder / name), self._tokenizer.pad_token_id)
+            pair_table(read_pairs(folder / name), self._tokenizer.pad_token_id, self._config.share_prompts)
             for name in ("train.jsonl", "heldout.jsonl")
         )
         self._lengths = pair_lengths(self._train)
@@ -121,25 +126,20 @@ class RewardRefitter:
         """The first reward model, version 0: all pairs alike, from its own initial weights, into the stage folder."""
         indices = np.arange(len(self._train) // 2)
         request = RefitRequest(FIRST, 0, indices, None, self._config.seed)
-        return self._fit(request, self._config.reward.training, self._base_path, self._config.stage_root / "reward")
+        paths = stage_paths(self._config)
+        return self._fit(request, self._config.reward.training, paths.reward_base, paths.root / "reward")
 
     def refit(self, request: RefitRequest) -> RefitReport:
         """A candidate for a correction, into ``reward/vN`` of the run folder."""
         folder = self._run_dir / "reward" / f"v{request.reward_version}"
         return self._fit(request, self._config.correction.training, self._initial_path(request.reward_version), folder)
 
-    @property
-    def _base_path(self) -> str:
-        if self._config.reward.base is not None:
-            return self._config.reward.base
-        return str(self._config.stage_root / "world" / "reward") if self._config.world else self._sft_path
-
     def _initial_path(self, reward_version: int) -> str:
         match self._config.correction.rm_init:
             case "sft":
                 return self._sft_path
             case "base":
-                return self._base_path
+                return stage_paths(self._config).reward_base
             case "previous":
                 # The candidate is always the successor of the live model.
                 if reward_version > 1:
@@ -158,6 +158,7 @@ class RewardRefitter:
             zero_stage=self._config.policy.zero_stage,
             dtype=dtype,
             weight_decay=training.weight_decay,
+            checkpointing=self._config.policy.gradient_checkpointing,
         )
         engine = TrainingEngine(model, settings)
         try:
@@ -177,7 +178,7 @@ class RewardRefitter:
         loss = 0.0
         for step, batch in enumerate(batches):
             weights = None if request.weights is None else request.weights[batch]
-            batch_loss = self._train_batch(engine, request.indices[batch], weights, training.micro_batch_size)
+            batch_loss = self._train_batch(engine, request.indices[batch], weights, training)
             engine.step(cosine_factor(step, len(batches)))
             self._progress = (step + 1, len(batches))
             if step >= last_epoch:
@@ -185,19 +186,22 @@ class RewardRefitter:
         return loss
 
     def _train_batch(
-        self, engine: TrainingEngine, pairs: IntArray, weights: FloatArray | None, micro_batch_size: int
+        self, engine: TrainingEngine, pairs: IntArray, weights: FloatArray | None, training: RewardTraining
     ) -> float:
         """Accumulate the gradient of one optimiser batch of pairs; returns its mean loss."""
-        chunks = length_chunks(self._lengths[pairs], micro_batch_size)
+        max_tokens = training.micro_batch_tokens
+        # Padding is kept small below, where the two sequences of a pair go apart.
+        chunks = length_chunks(self._lengths[pairs], training.micro_batch_size, max_tokens, max_padding=1.0)
         total = 0.0
         for number, chunk in enumerate(chunks, start=1):
-            batch: PaddedBatch = self._train.batch(pair_rows(pairs[chunk])).to(engine.device)
-            part = None if weights is None else torch.from_numpy(weights[chunk]).to(engine.device)
-            loss = weighted_pair_loss(last_token_scores(engine.forward, batch), part, len(pairs))
+            scores = row_scores(engine.forward, self._train, pair_rows(pairs[chunk]), 2 * len(chunk), max_tokens)
+            part = None if weights is None else torch.from_numpy(weights[chunk])
+            loss = weighted_pair_loss(scores, part, len(pairs))
             engine.accumulate(loss, is_last=number == len(chunks))
             total += loss.item()
         return total
 
     def _heldout_accuracy(self, engine: TrainingEngine) -> float:
-        rows = np.arange(len(self._heldout))
-        return pair_accuracy(row_scores(engine.forward, self._heldout, rows, self._config.pools.reward.batch_size))
+        rows, pool = np.arange(len(self._heldout)), self._config.pools.reward
+        with torch.no_grad():
+            return pair_accuracy(row_scores(engine.forward, self._heldout, rows, pool.batch_size, pool.batch_tokens))

@@ -6,8 +6,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from actors.training_engine import start_process, training_device
+from actors.weight_transport import WeightReader
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
 from ocrm_ray.inference import row_sums, table_logprobs
@@ -32,6 +35,7 @@ class ScoringActor:
         self._staged: tuple[str, Any] | None = None
         self._snapshot: tuple[int, Any] | None = None
         self._committed: str | None = None
+        self._reader = WeightReader()
 
     def start(self) -> None:
         """Load the SFT model, which is the first anchor."""
@@ -46,7 +50,7 @@ class ScoringActor:
 
         Models that are the same network are computed once.
         """
-        table = SequenceTable(sequences, self._tokenizer.pad_token_id)
+        table = SequenceTable(sequences, self._tokenizer.pad_token_id, self._config.share_prompts)
         networks = [self._sft if model == SFT else self._network(model) for model in models]
         rows = {id(network): self._logprobs(network, table) for network in dict.fromkeys(networks)}
         return [rows[id(network)] for network in networks]
@@ -68,8 +72,7 @@ class ScoringActor:
                 self.load_snapshot(weights)
             assert self._snapshot is not None
             network, temperature = self._snapshot[1], self._config.rollout.temperature
-        batch_size = self._config.pools.scoring.batch_size
-        sums = row_sums(network, self._pairs, pair_rows(indices), temperature, batch_size)
+        sums = row_sums(network, self._pairs, pair_rows(indices), temperature, self._config.pools.scoring)
         return np.ascontiguousarray(sums.view(2, -1).T.numpy())
 
     def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
@@ -99,8 +102,7 @@ class ScoringActor:
         return self._anchor
 
     def _logprobs(self, network: Any, table: SequenceTable) -> list[FloatArray]:
-        batch_size = self._config.pools.scoring.batch_size
-        return table_logprobs(network, table, self._config.rollout.temperature, batch_size)
+        return table_logprobs(network, table, self._config.rollout.temperature, self._config.pools.scoring)
 
     def _load(self, path: str) -> Any:
         dtype = self._config.pools.scoring.dtype
@@ -108,16 +110,17 @@ class ScoringActor:
         return network.requires_grad_(False).to(training_device())
 
     def _copy_of(self, weights: PolicyWeights) -> Any:
-        from safetensors.torch import load_file
-
-        network = copy.deepcopy(self._sft)
-        network.load_state_dict(load_file(weights.path))
+        # the copy's parameters are empty ones: they are about to be overwritten
+        empty = {id(old): nn.Parameter(torch.empty_like(old), requires_grad=False) for old in self._sft.parameters()}
+        network = copy.deepcopy(self._sft, empty)
+        with self._reader.read(weights) as tensors:
+            network.network.load_state_dict(tensors)
         return network
 
     @cached_property
     def _pairs(self) -> SequenceTable:
         pairs = read_pairs(self._config.stage_root / "pairs" / "train.jsonl")
-        return pair_table(pairs, self._tokenizer.pad_token_id)
+        return pair_table(pairs, self._tokenizer.pad_token_id, self._config.share_prompts)
 
     @cached_property
     def _behaviour(self) -> Any:

@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ocrm_ray.algorithm.schedule import CorrectionClock, CorrectionSchedule
+from ocrm_ray.algorithm.schedule import CorrectionClock
 from ocrm_ray.config import RunConfig
 from ocrm_ray.correction import Candidate, CorrectionPools, Corrector, PairData
 from ocrm_ray.heldout import HeldoutPolicy
@@ -50,9 +50,8 @@ class Coordinator:
         self.data = data
         self.log = log
         self.pools = MeteredPools(pools, clock)
-        self.correction_clock = CorrectionClock(
-            CorrectionSchedule(self.settings.every, self.settings.promote_after, self.settings.max_lag)
-        )
+        rule = self.settings.every, self.settings.promote_after, self.settings.max_lag
+        self.correction_clock = CorrectionClock(*rule)
         self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, reward_version=0, anchor_version=0)
         self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts)
         self.corrector = Corrector(

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -129,8 +129,8 @@ class Corrector:
         policy_logprobs = await self._pools.scoring.pair_logprobs(snapshot, indices)
         weights = self.strategy.weights(policy_logprobs, self._pairs.behaviour_logprobs[indices])
         statistics = weight_statistics(weights)
-        self._emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **asdict(statistics))
-        return weights.weights.float().numpy(), statistics.ess_fraction
+        self._emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **statistics)
+        return weights.weights.float().numpy(), statistics["ess_fraction"]
 
     async def _refit(
         self, promotion_id: str, indices: IntArray, weights: FloatArray | None, snapshot_version: int

@@ -4,8 +4,8 @@ Memory of a network of P parameters in a pool of dtype d (4 bytes for float32, 2
 training 16 P (weights, gradients and two Adam moments in float32; the same in bfloat16 with a float32 master copy),
 serving d P. An engine holds its weights twice (vLLM repacks them) beside its KV cache; scoring holds SFT model,
 anchor and one snapshot; the reward pool holds a live and a shadow reward model and one in training. To these
-come processes (2.5 GiB an engine, 0.5 GiB another actor, 0.5 GiB Ray) and the logits of one policy micro-batch,
-three times in float32. With ``gpus_per_actor`` only the processes count.
+come processes (2.5 GiB an engine, 0.5 GiB another actor, 0.5 GiB Ray) and, four times in float32, the chunk of
+logits that the policy's trainer holds. With ``gpus_per_actor`` only the processes count.
 """
 
 import os
@@ -48,7 +48,7 @@ def machine_problems(config: RunConfig, sizes: NetworkSizes | None) -> list[Prob
     cpus = {name: pool.num_actors * pool.cpus_per_actor for name, pool in pools.items()}
     gpus = {name: pool.num_actors * pool.gpus_per_actor for name, pool in pools.items() if pool.gpus_per_actor}
     memory = {} if sizes is None else memory_gib(config, sizes)
-    smaller = "use smaller models, bfloat16, fewer actors, a smaller micro_batch_size or kv_cache_gib"
+    smaller = "use smaller models, bfloat16, fewer actors, a smaller kv_cache_gib"
     demands: list[tuple[str, Mapping[str, float], float, str]] = [
         ("CPUs", cpus, os.cpu_count() or 1, "lower cpus_per_actor or num_actors, or set RAY_ADDRESS to a cluster"),
         ("GPUs", gpus, num_gpus() if gpus else 0, "lower gpus_per_actor, or set RAY_ADDRESS to a cluster"),
@@ -72,9 +72,11 @@ def num_gpus() -> int:
 
 def memory_gib(config: RunConfig, sizes: NetworkSizes) -> dict[str, float]:
     """Host memory by pool, and of Ray; the module's text has the formula."""
+    from ocrm_ray.algorithm.logprobs import MAX_LOGITS
+
     pools = config.pools
     critic = sizes.reward if config.policy.algorithm == "ppo" else 0
-    logits = 3 * 4 * config.policy.micro_batch_size * config.rollout.max_new_tokens * sizes.vocabulary
+    logits = 4 * 4 * min(config.policy.micro_batch_tokens * sizes.vocabulary, MAX_LOGITS)
     training_share = pools.policy.num_actors if config.policy.zero_stage else 1
     bytes_of = {name: DTYPE_BYTES[pool.dtype] for name, pool in pools_by_name(config).items()}
     num_rewards = 2 if config.correction.strategy == "none" else 3

@@ -6,15 +6,19 @@ Every function that takes a network also takes a DeepSpeed engine around one.
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ocrm_ray.algorithm.logprobs import token_entropy, token_logprobs
-from ocrm_ray.batches import PaddedBatch
+from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs
+from ocrm_ray.batches import PaddedBatch, SequenceTable
 from ocrm_ray.config import Dtype
+from ocrm_ray.errors import RunError
+from ocrm_ray.records import Sequence
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
@@ -28,11 +32,63 @@ class ScalarHead(nn.Linear):
         return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
+class CausalModel(nn.Module):
+    """A causal language model that is asked only how likely responses are: [B, L, V] logits never exist.
+
+    ``forward``: a batch -> (log-probs of the response tokens, entropy of the distribution behind each), float32 [B, T],
+    0 behind the end of each response; the entropy is without gradient, and None unless asked for.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self, batch: PaddedBatch, temperature: float, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        hidden = _hidden_states(self.network, batch)
+        positions, tokens = batch.response_tokens()
+        logprobs, entropy = head_logprobs(
+            self.logits,
+            hidden.flatten(0, 1).index_select(0, positions),
+            tokens,
+            temperature,
+            max(1, MAX_LOGITS // self._settings.vocab_size),
+            with_entropy=with_entropy,
+        )
+        mask = batch.response_mask
+        zeros = torch.zeros(mask.shape, device=mask.device)
+        return zeros.masked_scatter(mask, logprobs), None if entropy is None else zeros.masked_scatter(mask, entropy)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's logits, scaled and capped as the architecture's configuration says."""
+        logits: Tensor = self.network.get_output_embeddings()(hidden)
+        settings = self._settings
+        scale = (getattr(settings, "logit_scale", None) or 1.0) / getattr(settings, "logits_scaling", 1.0)
+        if scale != 1:
+            logits = logits * scale
+        cap = getattr(settings, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def _settings(self) -> Any:
+        return self.network.config.get_text_config()
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """RunError where the network computes its logits in a way of its own."""
+        tokens = torch.arange(1, 5).remainder(self._settings.vocab_size)[None]
+        expected = self.network(input_ids=tokens, use_cache=False).logits.float()
+        found = self.logits(self.network.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float()
+        if found.shape != expected.shape or (found - expected).abs().max() > 0.02 * expected.abs().max():
+            raise RunError(f"{type(self.network).__name__}: its logits are not its head's of its hidden states")
+
+
 class ScalarModel(nn.Module):
     """A causal sequence-classification network with one label, read at every token: reward model or critic.
 
     Hugging Face reads the score in front of the first padding token, which is the wrong place where padding and
-    EOS share an id; here the caller says which token counts. ``forward``: tokens [B, L] -> float32 [B, L].
+    EOS share an id; here the caller says which token counts. ``forward``: R rows of L tokens -> float32 [R * L].
     """
 
     def __init__(self, network: Any) -> None:
@@ -42,10 +98,35 @@ class ScalarModel(nn.Module):
         network.score.load_state_dict(head.state_dict())
         self.network = network
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.network.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        hidden = _hidden_states(self.network, batch)
         scores: Tensor = self.network.score(hidden)
-        return scores.squeeze(-1)
+        return scores.flatten()
+
+
+def _hidden_states(network: Any, batch: PaddedBatch) -> Tensor:
+    """[R, L, H]. RunError if rows are shared by sequences that the network would not keep apart."""
+    if batch.mask is not None and not getattr(network, "keeps_apart", False):
+        network.keeps_apart = _keeps_apart(network)
+        if not network.keeps_apart:
+            raise RunError(f"{type(network).__name__}: its attention takes no mask of ours, set share_prompts to false")
+    hidden: Tensor = network.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    return hidden
+
+
+@torch.no_grad()
+def _keeps_apart(network: Any) -> bool:
+    """Whether a response in a row with another has the hidden states that it has alone; windows are not tried."""
+    if set(getattr(network.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}:
+        return False
+    sequences = [Sequence((1, 2), (3, 4), True), Sequence((1, 2), (5, 6), True)]
+    hidden = []
+    for share_prompts in (True, False):
+        batch = SequenceTable(sequences, 0, share_prompts).batch([0, 1]).to(next(network.parameters()).device)
+        states = network.base_model(**batch.inputs, use_cache=False).last_hidden_state
+        hidden.append(states.flatten(0, 1)[batch.last_places].float())
+    shared, alone = hidden
+    return bool((shared - alone).abs().max() <= 0.02 * alone.abs().max())
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:
@@ -67,13 +148,18 @@ def context_length(path: str | Path, *, trust_remote_code: bool) -> int | None:
     return length
 
 
-def load_causal_lm(path: str | Path, *, dtype: Dtype, trust_remote_code: bool) -> Any:
-    """A causal language model on the CPU, in evaluation mode (no dropout, in training either)."""
+def load_causal_lm(path: str | Path, *, dtype: Dtype, trust_remote_code: bool) -> CausalModel:
+    """A causal language model on the CPU, in evaluation mode (no dropout, in training either).
+
+    RunError: an architecture whose logits are more than its head's.
+    """
     from transformers import AutoModelForCausalLM
 
     with _quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-    return model.eval()
+        network = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    model = CausalModel(network.eval()).eval()
+    model.check()
+    return model
 
 
 def load_reward_model(
@@ -103,13 +189,30 @@ def load_reward_model(
     return model
 
 
+def checkpoint_layers(model: nn.Module) -> None:
+    """Let each decoder layer keep its input alone, and compute the rest again in the backward pass.
+
+    Done here because Hugging Face's own switch needs the layers in training mode, where some have dropout.
+    RunError: an architecture without such layers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise RunError(
+            f"{type(model).__name__} has no layers to checkpoint: set policy.gradient_checkpointing to false"
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 def save_model(model: Any, tokenizer: Any, folder: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write a Hugging Face folder, complete or not at all; what stood there is replaced.
 
     ``state_dict``: full weights to write where the network itself holds only a share of them.
     """
     folder = Path(folder)
-    network = model.network if isinstance(model, ScalarModel) else model
+    network = getattr(model, "network", model)
     network.config.pad_token_id = tokenizer.pad_token_id
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -122,46 +225,21 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, state_dict: di
 
 
 def response_logprobs(model: Any, batch: PaddedBatch, temperature: float) -> Tensor:
-    """Float32 [B, T]: log-probs of the response tokens, 0 behind the end of each response."""
-    logits, first = _response_logits(model, batch)
-    return _of_responses(token_logprobs(logits, _next_tokens(batch, logits, first), temperature), batch, first)
-
-
-def response_logprobs_and_entropy(model: Any, batch: PaddedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """``response_logprobs``, and without gradient the entropy of the distribution behind each token, [B, T]."""
-    logits, first = _response_logits(model, batch)
-    logprobs = token_logprobs(logits, _next_tokens(batch, logits, first), temperature)
-    with torch.no_grad():
-        entropy = token_entropy(logits, temperature)
-    return _of_responses(logprobs, batch, first), _of_responses(entropy, batch, first)
+    """Float32 [B, T]: a ``CausalModel``'s log-probs of the response tokens, 0 behind the end of each response."""
+    logprobs: Tensor = model(batch, temperature)[0]
+    return logprobs
 
 
 def last_token_scores(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B]: scores of a reward model at the last token of each sequence."""
-    scores: Tensor = model(batch.tokens)
-    return scores.gather(1, batch.last_positions[:, None]).squeeze(1)
+    scores: Tensor = model(batch)
+    return scores[batch.last_places]
 
 
 def response_values(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B, T]: a critic's values of the states in which the response tokens were chosen, 0 past the end."""
-    values: Tensor = model(batch.tokens)
-    return values.gather(1, batch.predicting_positions()).masked_fill(~batch.response_mask, 0.0)
-
-
-def _response_logits(model: Any, batch: PaddedBatch) -> tuple[Tensor, int]:
-    """Logits [B, W, V] of the columns that predict any row's response, and the first of these columns."""
-    first = int(batch.prompt_lengths.min()) - 1
-    columns = torch.arange(first, batch.tokens.shape[1] - 1, device=batch.tokens.device)
-    return model(input_ids=batch.tokens, use_cache=False, logits_to_keep=columns).logits, first
-
-
-def _next_tokens(batch: PaddedBatch, logits: Tensor, first: int) -> Tensor:
-    return batch.tokens[:, first + 1 : first + 1 + logits.shape[1]]
-
-
-def _of_responses(values: Tensor, batch: PaddedBatch, first: int) -> Tensor:
-    """Cut [B, T], aligned with the responses, out of [B, W]; 0 past the end of each response."""
-    return values.gather(1, batch.predicting_positions() - first).masked_fill(~batch.response_mask, 0.0)
+    values: Tensor = model(batch)
+    return values[batch.predicting_places()].masked_fill(~batch.response_mask, 0.0)
 
 
 def _draw_head(head: nn.Linear, seed: int) -> None:

@@ -4,9 +4,9 @@
 minibatch so that the shares of its micro-batches sum to the token mean of the whole, whatever their size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ocrm_ray.algorithm.advantages import gae, grpo_advantages, rloo_advantages, shaped_rewards, whiten
 from ocrm_ray.algorithm.kl import kl_terms
-from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss
-from ocrm_ray.batches import PaddedBatch, SequenceTable, length_chunks, pad_rows
+from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss, truncated_weights
+from ocrm_ray.batches import PaddedBatch, SequenceTable, pad_rows
 from ocrm_ray.config import MissingEosPenalty, Policy, Rollout
 from ocrm_ray.errors import RunError
-from ocrm_ray.records import IntArray, UpdateReport
+from ocrm_ray.records import FloatArray, IntArray, UpdateReport
 from ocrm_ray.records import Rollout as ScoredRollout
 
 MIXED_VERSIONS = -1
@@ -30,7 +30,8 @@ class Experience:
 
     Log-probs are float32 [N, T], 0 past the end of each response; ``mask`` [N, T] is True on response tokens;
     ``scores`` [N] are the live reward model's; ``versions`` [N] the policy version that produced a sample,
-    ``MIXED_VERSIONS`` where there were several.
+    ``MIXED_VERSIONS`` where there were several. ``old_logprobs`` [N, T]: the trainer's before the update; None where
+    it takes one optimiser step, whose own forward pass gives them.
     """
 
     table: SequenceTable
@@ -42,6 +43,7 @@ class Experience:
     has_eos: Tensor
     versions: Tensor
     group_size: int
+    old_logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class MicroBatch:
     experience_rows: Tensor
     sampler_logprobs: Tensor
     anchor_logprobs: Tensor
+    old_logprobs: Tensor | None
     targets: Targets
     share: float
 
@@ -82,14 +85,14 @@ def require_live_scores(rollouts: Seq[ScoredRollout], reward_version: int, ancho
                 )
 
 
-def collect_experience(rollouts: Seq[ScoredRollout], pad_id: int) -> Experience:
+def collect_experience(rollouts: Seq[ScoredRollout], pad_id: int, share_prompts: bool) -> Experience:
     """The samples of scored rollouts, which all have the same number of samples, as tensors."""
     samples = [sample for rollout in rollouts for sample in rollout.samples]
     scores = [score for rollout in rollouts for score in rollout.scores or ()]
     group_size = len(rollouts[0].samples)
     assert all(len(rollout.samples) == group_size for rollout in rollouts), "groups of different sizes"
     assert len(scores) == len(samples), "a rollout without scores"
-    table = SequenceTable([sample.sequence for sample in samples], pad_id)
+    table = SequenceTable([sample.sequence for sample in samples], pad_id, share_prompts)
     lengths = torch.from_numpy(table.response_lengths)
     spans = ((sample.first_version, sample.last_version) for sample in samples)
     return Experience(
@@ -103,6 +106,18 @@ def collect_experience(rollouts: Seq[ScoredRollout], pad_id: int) -> Experience:
         versions=torch.tensor([first if first == last else MIXED_VERSIONS for first, last in spans]),
         group_size=group_size,
     )
+
+
+def with_old_logprobs(
+    experience: Experience, is_exact: Tensor, compute: Callable[[IntArray], Seq[FloatArray]]
+) -> Experience:
+    """``old_logprobs`` are the sampler's where ``is_exact`` [N]; of the other rows ``compute`` gives them, [T] each."""
+    old_logprobs = experience.sampler_logprobs.clone()
+    rows = (~is_exact).nonzero().squeeze(1)
+    if len(rows):
+        computed = pad_rows(compute(rows.numpy()))
+        old_logprobs[rows, : computed.shape[1]] = computed
+    return replace(experience, old_logprobs=old_logprobs)
 
 
 def build_targets(experience: Experience, policy: Policy, rollout: Rollout, values: Tensor | None = None) -> Targets:
@@ -142,13 +157,13 @@ def minibatches(num_samples: int, num_minibatches: int, seed: Seq[int]) -> list[
 
 
 def micro_batches(
-    experience: Experience, targets: Targets, rows: IntArray, micro_batch_size: int, device: torch.device
+    experience: Experience, targets: Targets, rows: IntArray, policy: Policy, device: torch.device
 ) -> Iterator[MicroBatch]:
     """A minibatch ``rows`` in parts of similar length; none where no token of it enters the loss."""
     num_tokens = int(targets.loss_mask[torch.from_numpy(rows)].sum())
     if num_tokens == 0:
         return
-    for chunk in length_chunks(experience.table.lengths[rows], micro_batch_size):
+    for chunk in experience.table.chunks(rows, policy.micro_batch_size, policy.micro_batch_tokens):
         chosen = rows[chunk]
         index = torch.from_numpy(chosen)
         batch = experience.table.batch(chosen)
@@ -162,6 +177,7 @@ def micro_batches(
             experience_rows=index,
             sampler_logprobs=cut(experience.sampler_logprobs),
             anchor_logprobs=cut(experience.anchor_logprobs),
+            old_logprobs=None if experience.old_logprobs is None else cut(experience.old_logprobs),
             targets=Targets(
                 cut(targets.advantages),
                 cut(targets.loss_mask),
@@ -172,16 +188,24 @@ def micro_batches(
         )
 
 
-def policy_loss(logprobs: Tensor, micro: MicroBatch, policy: Policy) -> tuple[Tensor, Tensor]:
-    """(loss, clip share) of a micro-batch, scaled by its share: over a minibatch they sum to the token means."""
-    mask = micro.targets.loss_mask
-    loss, clip_share = clipped_policy_loss(
-        logprobs, micro.sampler_logprobs, micro.targets.advantages, mask, policy.clip_range
-    )
+def policy_loss(
+    logprobs: Tensor, micro: MicroBatch, policy: Policy, importance_cap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, share of tokens that the clip stops, share whose importance weight was cut) of a micro-batch.
+
+    All scaled by its share: over a minibatch they sum to the token means.
+    """
+    mask, advantages, truncated = micro.targets.loss_mask, micro.targets.advantages, torch.zeros_like(logprobs)
+    old_logprobs = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+    if importance_cap is not None:
+        weights = truncated_weights(old_logprobs, micro.sampler_logprobs, mask, importance_cap)
+        advantages, truncated = advantages * weights, mask & (weights == importance_cap)
+    loss, clip_share = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, policy.clip_range)
     if policy.kl_placement == "loss" and policy.kl_coefficient > 0:
         kl = kl_terms(logprobs, micro.anchor_logprobs, policy.kl_estimator)
         loss = loss + policy.kl_coefficient * kl.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
-    return micro.share * loss, micro.share * clip_share
+    truncated_share = truncated.sum() / mask.sum().clamp(min=1)
+    return micro.share * loss, micro.share * clip_share, micro.share * truncated_share
 
 
 def value_loss(values: Tensor, micro: MicroBatch, policy: Policy) -> Tensor:
@@ -210,11 +234,17 @@ class UpdateStatistics:
     losses: list[float] = field(default_factory=list)
     value_losses: list[float] = field(default_factory=list)
     clip_shares: list[float] = field(default_factory=list)
+    truncated_shares: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     entropy_sum: float = 0.0
     num_entropy_tokens: int = 0
     gap_sum: float = 0.0
     num_gap_tokens: int = 0
+
+    def add_step(self, means: Seq[float]) -> None:
+        """Loss, clip share and truncated share of one optimiser step."""
+        for values, mean in zip((self.losses, self.clip_shares, self.truncated_shares), means, strict=True):
+            values.append(mean)
 
     def add_entropy(self, entropy: Tensor, micro: MicroBatch) -> None:
         """``entropy`` [B, T] of a micro-batch."""
@@ -244,6 +274,7 @@ class UpdateStatistics:
             logprob_gap=self.gap_sum / max(self.num_gap_tokens, 1),
             seconds=seconds,
             value_loss=_mean(self.value_losses) if self.value_losses else None,
+            truncated_share=_mean(self.truncated_shares),
         )
 
 

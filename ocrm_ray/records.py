@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -101,16 +101,27 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class PolicyWeights:
-    """Published policy weights: a safetensors file on this node, tied heads written out."""
+    """Exported policy weights: a segment in the safetensors format, tied heads under their own names.
+
+    It lies at ``path`` on the trainer's node, or is what ``reference`` points to in Ray's object store; it is
+    rewritten once it is released. ``checksum``: CRC-32 of the tensors' bytes. ``nccl``: the group that engines get
+    them in, where they do not read them, and what is broadcast there.
+    """
 
     version: int
     path: Path
     num_bytes: int
+    checksum: int | None = None
+    reference: Any = None
+    nccl: Any = None
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """One policy update. ``logprob_gap``: mean absolute difference, trainer (before the update) against sampler."""
+    """One policy update. ``logprob_gap``: mean absolute difference, trainer (before the update) against sampler.
+
+    ``truncated_share``: of the loss tokens, those whose importance weight was cut at its cap.
+    """
 
     version: int
     loss: float
@@ -122,16 +133,23 @@ class UpdateReport:
     logprob_gap: float
     seconds: float
     value_loss: float | None = None
+    truncated_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class PublishReport:
-    """One publish to every engine; ``pause_s`` is how long generation stood still."""
+    """One publish to every engine; ``pause_s`` is how long generation stood still.
+
+    ``transfer_s``: until the weights lay checked on the engine's node; ``repack_s``: of turning them into the engine's
+    own layout, on CPU while it goes on generating.
+    """
 
     version: int
     num_bytes: int
     seconds: float
     pause_s: float
+    transfer_s: float = 0.0
+    repack_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class RolloutScorer:
         self._scoring = scoring
         self._reward = reward
         self._staged: ScoreVersions | None = None
-        self._staged_scores: dict[str, tuple[Scores, ...]] = {}
+        self._staged_scores: dict[str, list[tuple[Scores, ...]]] = {}
         self._scoring_now = asyncio.Lock()
 
     async def score(self, rollouts: Mapping[str, Rollout]) -> dict[str, Rollout]:
@@ -87,8 +87,8 @@ class RolloutScorer:
 
     def _current(self, key: str, rollout: Rollout) -> Rollout | None:
         assert rollout.scores is not None
-        for scores in (rollout.scores, self._staged_scores.get(key)):
-            if scores is not None and self.live.scored(scores):
+        for scores in (rollout.scores, *self._staged_scores.get(key, [])):
+            if self.live.scored(scores):
                 return rollout.with_scores(scores)
         return None
 
@@ -101,14 +101,15 @@ class RolloutScorer:
         missing = {
             key: rollout
             for key, rollout in current.items()
-            if rollout is not None and not staged.scored(self._staged_scores.get(key, ()))
+            if rollout is not None and not any(map(staged.scored, self._staged_scores.get(key, [])))
         }
         self._keep(missing, await self._changes(missing, self.live, staged))
 
     def _keep(self, scored: Mapping[str, Rollout], changes: Mapping[str, list[dict[str, Any]]]) -> None:
         for key, rollout in scored.items():
             pairs = zip(rollout.scores or (), changes[key], strict=True)
-            self._staged_scores[key] = tuple(replace(score, **change) for score, change in pairs)
+            scores = tuple(replace(score, **change) for score, change in pairs)
+            self._staged_scores.setdefault(key, []).append(scores)
 
     async def _changes(
         self, rollouts: Mapping[str, Rollout], live: ScoreVersions, candidate: ScoreVersions

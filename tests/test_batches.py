@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from tiny_models import pad_batch
 
@@ -12,10 +13,19 @@ SEQUENCES = [
 ]
 
 
+GROUPS = [
+    Sequence((5, 6), (7, 8), True),
+    Sequence((5, 6), (9,), True),
+    Sequence((10,), (11, 12, 13), False),
+    Sequence((5, 6), (14, 15), True),
+]
+
+
 def test_rows_are_padded_on_the_right():
     batch = pad_batch(SEQUENCES, pad_id=2)
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 2], [9, 10, 11, 12, 2], [13, 14, 15, 2, 2]]
-    assert batch.last_positions.tolist() == [4, 4, 2]
+    assert batch.last_places.tolist() == [4, 9, 12]
+    assert batch.mask is None
 
 
 def test_response_mask_covers_responses_even_where_padding_is_eos():
@@ -23,25 +33,79 @@ def test_response_mask_covers_responses_even_where_padding_is_eos():
     assert mask.tolist() == [[True, True, False, False], [True, True, True, True], [True, False, False, False]]
 
 
-def test_predicting_position_is_the_column_before_the_token():
-    batch = pad_batch(SEQUENCES, pad_id=0)
-    positions, mask = batch.predicting_positions(), batch.response_mask
-    predicted = batch.tokens.gather(1, positions + 1)
-    assert [row[keep].tolist() for row, keep in zip(predicted, mask, strict=True)] == [[8, 2], [10, 11, 12, 2], [15]]
+def test_responses_to_one_prompt_share_a_row_behind_one_copy_of_it():
+    batch = SequenceTable(GROUPS, 0, share_prompts=True).batch([0, 1, 2])
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [10, 11, 12, 13, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 0]]
+    assert batch.mask is not None
+    sees = [[column for column in range(5) if row[column]] for row in batch.mask[0, 0].tolist()]
+    assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]
 
 
-def test_table_gives_any_rows_in_the_order_asked_for():
-    batch = SequenceTable(SEQUENCES, pad_id=0).batch([2, 0])
-    assert batch.tokens.tolist() == [[13, 14, 15, 0, 0], [5, 6, 7, 8, 2]]
-    assert batch.prompt_lengths.tolist() == [2, 3]
-    assert batch.response_lengths.tolist() == [1, 2]
+def test_only_neighbours_of_the_table_share_a_prompt():
+    assert len(SequenceTable(GROUPS, 0, share_prompts=True).batch([0, 3]).tokens) == 2
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("indices", [[2, 0, 3, 1], [3], [1, 0]])
+def test_places_lead_to_what_predicts_each_token_and_to_the_last_one_in_the_order_asked_for(indices, share_prompts):
+    batch = SequenceTable(GROUPS, 0, share_prompts).batch(indices)
+    flat, asked = batch.tokens.flatten(), [GROUPS[index] for index in indices]
+    before = [(sequence.prompt_ids[-1], *sequence.response_ids)[:-1] for sequence in asked]
+    places, mask = batch.predicting_places(), batch.response_mask
+    assert [tuple(flat[row[keep]].tolist()) for row, keep in zip(places, mask, strict=True)] == before
+    assert flat[batch.last_places].tolist() == [sequence.response_ids[-1] for sequence in asked]
+    predicting, tokens = batch.response_tokens()
+    assert torch.equal(predicting, places[mask])
+    assert tokens.tolist() == [token for sequence in asked for token in sequence.response_ids]
+
+
+def test_many_long_responses_to_one_prompt_fill_several_rows():
+    group = [Sequence((1,) * 12, (2,) * 200, False) for _ in range(7)]
+    batch = SequenceTable(group, 0, share_prompts=True).batch(range(7))
+    assert [int((row > 0).sum()) for row in batch.tokens] == [612, 412, 412]
+
+
+def test_chunks_of_a_table_keep_a_row_together_and_name_every_index_once():
+    table = SequenceTable(GROUPS, 0, share_prompts=True)
+    assert table.chunks(np.array([2, 1, 3, 0]), 128, 6) == [[1, 3], [0], [2]]
+    assert table.chunks(np.array([2, 1, 3, 0]), 2, 100) == [[1, 3], [0, 2]]
 
 
 def test_chunks_hold_every_index_once_and_do_not_mix_lengths_needlessly():
     lengths = [3, 9, 1, 7, 5, 9, 2]
-    chunks = length_chunks(np.array(lengths), 3)
+    chunks = length_chunks(np.array(lengths), 3, 100)
     assert [[lengths[index] for index in chunk] for chunk in chunks] == [[9, 9, 7], [5, 3, 2], [1]]
     assert sorted(index for chunk in chunks for index in chunk) == list(range(7))
+
+
+def test_chunk_closes_before_its_padded_tokens_exceed_the_budget():
+    lengths = [3, 9, 2, 7, 8, 2]
+    chunks = length_chunks(np.array(lengths), 10, 20)
+    assert [[lengths[index] for index in chunk] for chunk in chunks] == [[9, 8], [7, 3], [2, 2]]
+
+
+def test_sequence_beyond_the_budget_goes_alone():
+    assert length_chunks(np.array([3, 50, 4, 60]), 10, 20) == [[3], [1], [2, 0]]
+
+
+def padding_share(lengths, chunks):
+    padded = sum(len(chunk) * lengths[chunk].max() for chunk in chunks)
+    return 1 - lengths.sum() / padded
+
+
+@pytest.mark.parametrize("spread", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("num_rows", [128, 1000])
+def test_padding_of_ragged_lengths_is_at_most_a_twentieth(num_rows, spread):
+    lengths = np.random.default_rng(0).lognormal(4.5, spread, num_rows).astype(np.int64) + 2
+    chunks = length_chunks(lengths, 128, 16384)
+    assert sorted(index for chunk in chunks for index in chunk) == list(range(num_rows))
+    assert padding_share(lengths, chunks) <= 0.05
+    assert padding_share(lengths, length_chunks(lengths, 128, 16384, max_padding=1.0)) > 0.05
+
+
+def test_few_tokens_stay_together_whatever_the_padding():
+    assert len(length_chunks(np.array([40, 2, 2, 20, 3, 2, 2]), 128, 16384)) == 1
 
 
 def test_padded_rows_are_cut_back_to_what_they_were():

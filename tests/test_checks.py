@@ -109,6 +109,10 @@ CONTRADICTIONS = {
     "need at most 1024, as evaluation.num_prompts: lower it",
     "world.num_prompts=1055": "world.num_prompts: got 1055, "
     "need 1056 (data.num_heldout and those of one step) to 116280 (all there are): change it, or data.num_heldout",
+    "world.num_prompts=116281": "world.num_prompts: got 116281, "
+    "need 1056 (data.num_heldout and those of one step) to 116280 (all there are): change it, or data.num_heldout",
+    "world.reward_hidden_size=20": "world.reward_hidden_size: got 20, "
+    "need a multiple of 32, the width of a head: change it",
     "world.policy_hidden_size=48": "world.policy_hidden_size: got 48, "
     "need a multiple of 32, the width of a head: change it",
     "rollout.max_new_tokens=12": "rollout.max_new_tokens: got 12, "
@@ -354,7 +358,7 @@ def test_asking_for_more_than_the_machine_has_is_told() -> None:
     assert lines(inspect(config_of(WORLD, "pools.generation.kv_cache_gib=100"))) == [
         "pools: got 105.01 GiB of memory (generation 102.5, policy 0.51, scoring 0.5, reward 0.5, evaluation 0.5, "
         "ray 0.5), need at most 32 (this machine's): "
-        "use smaller models, bfloat16, fewer actors, a smaller micro_batch_size or kv_cache_gib"
+        "use smaller models, bfloat16, fewer actors, a smaller kv_cache_gib"
     ]
 
 
@@ -365,9 +369,9 @@ def test_a_cluster_is_not_measured_by_this_machine(monkeypatch: pytest.MonkeyPat
 
 def test_memory_follows_its_formula() -> None:
     overrides = ["pools.scoring.num_actors=2", "pools.scoring.dtype=bfloat16", "policy.algorithm=ppo"]
-    config = config_of(WORLD, *overrides, "policy.micro_batch_size=10")
+    config = config_of(WORLD, *overrides, "policy.micro_batch_tokens=10")
     memory = memory_gib(config, NetworkSizes(policy=GIB, reward=GIB // 2, vocabulary=1000))
-    logits = 3 * 4 * 10 * 64 * 1000 / GIB
+    logits = 4 * 4 * 10 * 1000 / GIB
     assert memory == pytest.approx(
         {
             "generation": 2.5 + 2 * 4 + 1,

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+import transformers
 from tiny_models import EOS, build_policy, build_tokenizer, llama_config, pad_batch
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
+from ocrm_ray.errors import RunError
 from ocrm_ray.networks import (
+    CausalModel,
+    checkpoint_layers,
     last_token_scores,
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
     response_logprobs,
-    response_logprobs_and_entropy,
     response_values,
     save_model,
 )
@@ -36,7 +39,7 @@ def oracle_logits(model, sequence):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_batched_logprobs_equal_a_float64_forward_of_each_sequence_alone(temperature):
     model = build_policy()
-    logprobs = response_logprobs(model, pad_batch(SEQUENCES, pad_id=EOS), temperature).detach()
+    logprobs = response_logprobs(CausalModel(model), pad_batch(SEQUENCES, pad_id=EOS), temperature).detach()
     for row, sequence in zip(logprobs, SEQUENCES, strict=True):
         logits = oracle_logits(model, sequence) / temperature
         expected = logits.log_softmax(-1)[torch.arange(len(logits)), list(sequence.response_ids)]
@@ -46,7 +49,7 @@ def test_batched_logprobs_equal_a_float64_forward_of_each_sequence_alone(tempera
 
 def test_entropy_is_that_of_the_distribution_sampled_from():
     model = build_policy()
-    _, entropy = response_logprobs_and_entropy(model, pad_batch(SEQUENCES, pad_id=EOS), 0.7)
+    _, entropy = CausalModel(model)(pad_batch(SEQUENCES, pad_id=EOS), 0.7, with_entropy=True)
     for row, sequence in zip(entropy, SEQUENCES, strict=True):
         logprobs = (oracle_logits(model, sequence) / 0.7).log_softmax(-1)
         expected = -(logprobs.exp() * logprobs).sum(-1)
@@ -56,20 +59,132 @@ def test_entropy_is_that_of_the_distribution_sampled_from():
 def test_logprobs_do_not_depend_on_the_batch_or_the_padding_id():
     model = build_policy()
     with torch.no_grad():
-        together = response_logprobs(model, pad_batch(SEQUENCES, pad_id=EOS), 1.0)
+        together = response_logprobs(CausalModel(model), pad_batch(SEQUENCES, pad_id=EOS), 1.0)
         for row, sequence in zip(together, SEQUENCES, strict=True):
-            alone = response_logprobs(model, pad_batch([sequence], pad_id=7), 1.0)[0]
+            alone = response_logprobs(CausalModel(model), pad_batch([sequence], pad_id=7), 1.0)[0]
             torch.testing.assert_close(row[: len(alone)], alone, atol=1e-5, rtol=0)
+
+
+GROUP = [Sequence((5, 6, 7), response, True) for response in ((8, 9, EOS), (10, EOS), (11, 12, 13, 14, EOS))]
+
+
+def logprobs_and_gradients(share_prompts):
+    model = build_policy()
+    logprobs = response_logprobs(CausalModel(model), pad_batch([*GROUP, *SEQUENCES], EOS, share_prompts), 1.0)
+    logprobs.square().mean().backward()
+    return logprobs.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+def test_responses_that_share_a_prompt_get_the_logprobs_and_gradients_that_they_have_alone():
+    shared, alone = logprobs_and_gradients(share_prompts=True), logprobs_and_gradients(share_prompts=False)
+    torch.testing.assert_close(shared, alone, atol=2e-5, rtol=2e-3)
+
+
+def test_rewards_and_values_do_not_depend_on_whether_prompts_are_shared(reward_folder):
+    model = load_reward_model(reward_folder, dtype="float32", trust_remote_code=False)
+    batches = [pad_batch(GROUP, EOS, share_prompts) for share_prompts in (True, False)]
+    for read in (last_token_scores, response_values):
+        torch.testing.assert_close(*(read(model, batch) for batch in batches), atol=2e-5, rtol=1e-4)
+
+
+def test_network_with_windowed_layers_is_refused_shared_prompts():
+    config = transformers.Gemma2Config(**SMALL, head_dim=16)
+    model = CausalModel(transformers.Gemma2ForCausalLM(config).eval())
+    response_logprobs(model, pad_batch(GROUP, EOS), 1.0)
+    with pytest.raises(RunError, match=r"Gemma2ForCausalLM.* share_prompts to false"):
+        response_logprobs(model, pad_batch(GROUP, EOS, share_prompts=True), 1.0)
+
+
+def test_network_that_ignores_the_mask_is_refused_shared_prompts():
+    model = build_policy()
+    forward = model.base_model.forward
+    model.base_model.forward = lambda attention_mask=None, **inputs: forward(**inputs)
+    with pytest.raises(RunError, match="share_prompts to false"):
+        response_logprobs(CausalModel(model), pad_batch(GROUP, EOS, share_prompts=True), 1.0)
 
 
 def test_gradient_reaches_the_policy_through_real_tokens_only():
     gradients = []
     for pad_id in (EOS, 30):
         model = build_policy()
-        response_logprobs(model, pad_batch(SEQUENCES, pad_id), 1.0).sum().backward()
+        response_logprobs(CausalModel(model), pad_batch(SEQUENCES, pad_id), 1.0).sum().backward()
         gradients.append(model.model.embed_tokens.weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
     assert (gradients[1][30] == 0).all()
+
+
+def test_padding_reaches_neither_the_head_nor_more_of_it_than_the_responses():
+    model, rows = build_policy(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape))
+    response_logprobs(CausalModel(model), pad_batch(SEQUENCES, pad_id=EOS), 1.0)
+    assert rows == [(4 + 2 + 6, 32)]
+
+
+SMALL = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "initializer_range": 0.3}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": EOS, "bos_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 0.8, "head_dim": 16}),
+        ("Granite", {"logits_scaling": 5.0}),
+        ("Cohere", {"logit_scale": 0.3}),
+    ],
+)
+def test_architectures_that_scale_or_cap_their_logits_get_their_own_logprobs(tmp_path, architecture, settings):
+    torch.manual_seed(5)
+    config = getattr(transformers, f"{architecture}Config")(**SMALL, **settings)
+    network = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    save_model(network, build_tokenizer(), tmp_path / "lm")
+    model = load_causal_lm(tmp_path / "lm", dtype="float32", trust_remote_code=False)
+    with torch.no_grad():
+        found = response_logprobs(model, pad_batch(SEQUENCES[2:], pad_id=EOS), 0.7)[0]
+    expected = (oracle_logits(network, SEQUENCES[2]) / 0.7).log_softmax(-1)
+    tokens = torch.tensor(SEQUENCES[2].response_ids)
+    torch.testing.assert_close(found.double(), expected[torch.arange(6), tokens], atol=1e-4, rtol=1e-4)
+
+
+def test_architecture_whose_logits_are_more_than_its_heads_is_refused_by_name():
+    class Doubling(transformers.LlamaForCausalLM):
+        def forward(self, **inputs):
+            outputs = super().forward(**inputs)
+            outputs.logits = 2 * outputs.logits
+            return outputs
+
+    CausalModel(build_policy()).check()
+    with pytest.raises(RunError, match="Doubling: its logits are not its head's of its hidden states"):
+        CausalModel(Doubling(llama_config()).eval()).check()
+
+
+def gradients_and_saved_bytes(checkpointed):
+    model, saved = CausalModel(build_policy(attention_dropout=0.5)), {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    if checkpointed:
+        checkpoint_layers(model)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = response_logprobs(model, pad_batch(SEQUENCES, pad_id=EOS), 1.0).sum()
+    loss.backward()
+    activations = sum(size for place, size in saved.items() if place not in weights)
+    return [parameter.grad for parameter in model.parameters()], activations
+
+
+def test_checkpointed_layers_give_the_same_gradients_from_fewer_saved_activations():
+    gradients, saved = gradients_and_saved_bytes(checkpointed=True)
+    expected, saved_without = gradients_and_saved_bytes(checkpointed=False)
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+    assert saved < saved_without / 3
+
+
+def test_network_without_layers_to_checkpoint_is_refused():
+    with pytest.raises(RunError, match=r"Linear has no layers to checkpoint: set policy\.gradient_checkpointing"):
+        checkpoint_layers(torch.nn.Linear(2, 2))
 
 
 @pytest.fixture
@@ -148,7 +263,7 @@ def test_saved_policy_gives_the_same_logprobs_whether_tied_or_not(tmp_path, tied
     save_model(model, build_tokenizer(), tmp_path / "policy")
     batch = pad_batch(SEQUENCES, pad_id=EOS)
     with torch.no_grad():
-        expected = response_logprobs(model, batch, 1.0)
+        expected = response_logprobs(CausalModel(model), batch, 1.0)
         loaded = load_causal_lm(tmp_path / "policy", dtype="float32", trust_remote_code=False)
         torch.testing.assert_close(response_logprobs(loaded, batch, 1.0), expected)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")

@@ -1,35 +1,62 @@
-"""Log-probabilities of response tokens, and the mask that says which tokens belong to a response."""
+"""Log-probabilities of response tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+MAX_LOGITS = 2**24
+"""Most logits of a chunk: 64 MiB in float32."""
+_CACHED = 2**18
 
 
-def eos_mask(response_ids: Tensor, lengths: Tensor, eos_ids: Sequence[int]) -> Tensor:
-    """True [B, T] up to and including the first EOS, and nowhere at or past ``lengths`` [B].
+def head_logprobs(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    chunk_size: int,
+    *,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(log-probs of ``tokens`` [N], entropy), float32 [N], under softmax(head(``hidden`` [N, H]) / temperature).
 
-    ``response_ids`` [B, T] are right padded; padding may equal an EOS id. A response without any of ``eos_ids``
-    (there may be several, or none) counts to its length.
+    No more than ``chunk_size`` rows of logits exist at a time: every chunk but the last is computed again in the
+    backward pass. The entropy, in nats, has no gradient.
     """
-    positions = torch.arange(response_ids.shape[1], device=response_ids.device)
-    within = positions < lengths.unsqueeze(1)
-    stops = torch.tensor(tuple(eos_ids), dtype=response_ids.dtype, device=response_ids.device)
-    is_eos = torch.isin(response_ids, stops)
-    num_eos_before = is_eos.cumsum(dim=1) - is_eos.long()
-    return within & (num_eos_before == 0)
+
+    def of_chunk(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        table = log_probabilities(head(hidden), temperature)
+        logprobs = token_logprobs(table, tokens)
+        # Last, behind all that the backward pass needs: there it is not computed again.
+        return logprobs, token_entropy(table.detach()) if with_entropy else table.new_empty(0)
+
+    chunks = list(zip(torch.split(hidden, chunk_size), torch.split(tokens, chunk_size), strict=True))
+    parts = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks[:-1]]
+    parts.append(of_chunk(*chunks[-1]))
+    logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+    return logprobs, entropy if with_entropy else None
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities, float32 [B, T], of ``tokens`` [B, T] under softmax(``logits`` [B, T, V] / temperature)."""
-    assert logits.shape[:-1] == tokens.shape, f"logits {tuple(logits.shape)} against tokens {tuple(tokens.shape)}"
-    return _log_softmax(logits, temperature).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(``logits`` / temperature) over the last dimension, in float32."""
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    logits = logits.float()
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
-def token_entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Entropy in nats, float32 [B, T], of softmax(``logits`` [B, T, V] / temperature)."""
-    terms: Tensor = torch.special.entr(_log_softmax(logits, temperature).exp())
-    return terms.sum(dim=-1)
+def token_logprobs(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
+    """[...] of ``log_probabilities`` [..., V] at ``tokens`` [...]."""
+    return log_probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def token_entropy(log_probabilities: Tensor) -> Tensor:
+    """Entropy in nats, [N], of ``log_probabilities`` [N, V] (-inf is allowed), in blocks that stay in cache."""
+    lowest = torch.finfo(log_probabilities.dtype).min
+    blocks = torch.split(log_probabilities, max(1, _CACHED // log_probabilities.shape[-1]))
+    return -torch.cat([torch.linalg.vecdot(block.exp(), block.clamp(min=lowest)) for block in blocks])
 
 
 def sequence_logprobs(token_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -37,9 +64,3 @@ def sequence_logprobs(token_logprobs: Tensor, mask: Tensor) -> Tensor:
     assert token_logprobs.shape == mask.shape
     dtype = torch.promote_types(token_logprobs.dtype, torch.float32)
     return token_logprobs.masked_fill(~mask, 0.0).sum(dim=-1, dtype=dtype)
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    return torch.log_softmax(logits.float() / temperature, dim=-1)

@@ -1,6 +1,7 @@
 """The clipped losses of policy and critic (PPO, arXiv 1707.06347), as means over the unmasked tokens.
 
-A batch with nothing unmasked has loss 0 and gradient 0.
+A batch with nothing unmasked has loss 0 and gradient 0. For stale rollouts the clip stands around the weights before
+the update, and a truncated importance weight leads from the sampler to them (arXiv 2110.00641, 1802.01561).
 """
 
 import torch
@@ -21,6 +22,12 @@ def clipped_policy_loss(
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = _token_mean(torch.maximum(unclipped, clipped), mask)
     return loss, _token_mean((clipped > unclipped).to(loss.dtype), mask)
+
+
+def truncated_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Weight [B, T] of each token's loss: min(old / sampler's probability, ``cap``); 1 where ``mask`` is False."""
+    assert old_logprobs.shape == sampler_logprobs.shape == mask.shape
+    return (old_logprobs - sampler_logprobs).detach().masked_fill(~mask, 0.0).exp().clamp(max=cap)
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> Tensor:

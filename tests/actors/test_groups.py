@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import ray
 from dummy_actors import DIE, FAIL, HANG, UNSENDABLE
 from ray.util import placement_group_table
 
 from actors.generation_group import RayGenerationPool
 from actors.groups import PAIR_CHUNK, RayPolicyPool, RayRewardPool, RayScoringPool, split_evenly
 from actors.remote_actor import ActorSpec
-from actors.session import LOOPBACK, ray_session
+from actors.session import LOOPBACK, log_folder, ray_session
 from ocrm_ray.config import Deadlines
 from ocrm_ray.errors import ActorDiedError, DeadlineError, Problem, RunError, UserError
 from ocrm_ray.records import GenerationRequest, PolicyWeights, Prompt, RefitReport, RefitRequest, Sequence
@@ -316,7 +317,7 @@ def test_an_actor_gets_its_threads_and_the_token_but_no_log_does(runner, session
     threads, math_threads, token = (tmp_path / "environment").read_text().splitlines()
     assert (threads, math_threads) == ("OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1")
     assert token == f"HF_TOKEN={TOKEN}"
-    logs = [path for path in session.logs.rglob("*") if path.is_file()]
+    logs = [path for path in Path(log_folder()).rglob("*") if path.is_file()]
     assert any("OMP_NUM_THREADS" in path.read_text(errors="replace") for path in logs)
     assert not any(TOKEN in path.read_text(errors="replace") for path in logs)
 
@@ -372,7 +373,7 @@ def test_shares_are_even_complete_and_never_empty(num_items, num_parts):
 def test_ray_listens_on_loopback_alone(session):
     processes = psutil.Process().children(recursive=True)
     addresses = [c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    assert session.address.startswith(LOOPBACK)
+    assert ray.get_runtime_context().gcs_address.startswith(LOOPBACK)
     assert addresses
     assert {address.removeprefix("::ffff:") for address in addresses} == {LOOPBACK}
 
@@ -380,3 +381,30 @@ def test_ray_listens_on_loopback_alone(session):
 def placed_groups(pool):
     groups = placement_group_table().values()
     return [group["name"] for group in groups if group["name"].startswith(pool) and group["state"] != "REMOVED"]
+
+
+def test_weights_in_the_object_store_reach_scorers_in_place_and_engines_through_one_file_of_their_node(runner, session):
+    import torch
+
+    from actors.weight_transport import LocalCopy, WeightExporter, WeightReader
+
+    async def publish(version, tensors):
+        weights = exporter.export(version, tensors)
+        local = await copy.fetch(weights)
+        for read in (weights, local):
+            with reader.read(read) as received:
+                assert {name: value.tolist() for name, value in received.items()} == {
+                    name: value.tolist() for name, value in tensors.items()
+                }
+        exporter.release(weights)
+        return local.path
+
+    versions = [
+        {"a": torch.full((3, 5), float(version)), "b": torch.arange(version, version + 7)} for version in (1, 2)
+    ]
+    exporter, copy, reader = WeightExporter(None, versions[0], True), LocalCopy(), WeightReader()
+    first, second = (runner.run(publish(version, tensors)) for version, tensors in enumerate(versions, start=1))
+    assert first == second
+    assert first.exists()
+    copy.close()
+    assert not first.parent.exists()

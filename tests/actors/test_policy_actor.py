@@ -1,5 +1,7 @@
 """The trainer with real DeepSpeed engines, in this process, on a tiny policy."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -20,8 +22,10 @@ from tiny_models import (
 
 from actors.policy import PolicyActor
 from actors.training_engine import EngineSettings, TrainingEngine
+from ocrm_ray import networks
+from ocrm_ray.batches import PaddedBatch
 from ocrm_ray.errors import RunError
-from ocrm_ray.networks import load_causal_lm, response_logprobs
+from ocrm_ray.networks import CausalModel, load_causal_lm, response_logprobs
 from ocrm_ray.records import RefitReport, Sequence
 
 pytestmark = pytest.mark.real
@@ -69,11 +73,11 @@ def test_update_raises_what_was_rewarded_and_lowers_what_was_not(tmp_path):
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
 @pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
-def test_update_does_not_depend_on_the_micro_batch_size(tmp_path, zero_stage, algorithm):
+def test_update_does_not_depend_on_the_micro_batch_tokens(tmp_path, zero_stage, algorithm):
     results = []
-    for size in (1, 3, 4):
-        folder = tmp_path / str(size)
-        settings = {"micro_batch_size": size, "algorithm": algorithm, "zero_stage": zero_stage, "num_epochs": 2}
+    for tokens in (1, 15, 100):
+        folder = tmp_path / str(tokens)
+        settings = {"micro_batch_tokens": tokens, "algorithm": algorithm, "zero_stage": zero_stage, "num_epochs": 2}
         reward = save_reward_model(folder / "rm") if algorithm == "ppo" else None
         rollout = {"missing_eos": "mask"}
         actor = make_actor(folder, reward, policy=settings | {"learning_rate": 1e-3}, rollout=rollout)
@@ -84,6 +88,62 @@ def test_update_does_not_depend_on_the_micro_batch_size(tmp_path, zero_stage, al
         assert report.loss == pytest.approx(results[0][1].loss, abs=1e-5)
         assert report.grad_norm == pytest.approx(results[0][1].grad_norm, rel=1e-4)
         assert report.entropy == pytest.approx(results[0][1].entropy, rel=1e-5)
+
+
+def forwards_of(actor, monkeypatch):
+    """[rows, with gradient] of every forward pass that the policy makes from now on."""
+    calls, original = [], CausalModel.forward
+
+    def forward(self, batch, *arguments):
+        calls.append((len(batch.tokens), torch.is_grad_enabled()))
+        return original(self, batch, *arguments)
+
+    monkeypatch.setattr(CausalModel, "forward", forward)
+    return calls
+
+
+@pytest.mark.parametrize("sampled_at", [(0, 0), (-1, 0)])
+def test_update_of_one_step_passes_over_its_tokens_once(tmp_path, monkeypatch, sampled_at):
+    actor = make_actor(tmp_path)
+    rollouts = rollouts_of(actor, sampled_at=sampled_at)
+    calls = forwards_of(actor, monkeypatch)
+    actor.update(rollouts)
+    assert calls == [(4, True)]
+
+
+def test_several_steps_reuse_the_samplers_logprobs_of_fresh_rollouts_once_the_gap_is_known(tmp_path, monkeypatch):
+    actor = make_actor(tmp_path, policy={"num_epochs": 2, "learning_rate": 1e-3})
+    calls, passes = forwards_of(actor, monkeypatch), []
+    for sampled_at in ((0, 0), (1, 1), (1, 1)):
+        rollouts = rollouts_of(actor, sampled_at=sampled_at)
+        calls.clear()
+        actor.update(rollouts)
+        passes.append([*calls])
+    once = [(4, True), (4, True)]
+    assert passes == [[(4, False), *once], once, [(4, False), *once]]
+
+
+def test_gap_above_the_bound_makes_every_row_computed_again(tmp_path, monkeypatch):
+    actor = make_actor(tmp_path, policy={"num_epochs": 2, "reuse_logprobs_within": 0.01})
+    calls = forwards_of(actor, monkeypatch)
+    for version, shift in ((0, 0.02), (1, 0.0), (2, 0.0)):
+        (rollout,) = rollouts_of(actor, sampled_at=(version, version))
+        samples = tuple(replace(sample, logprobs=sample.logprobs + np.float32(shift)) for sample in rollout.samples)
+        calls.clear()
+        actor.update([replace(rollout, samples=samples)])
+        assert len(calls) == (2 if version == 2 else 3)
+
+
+def test_stale_rollouts_weigh_by_the_ratio_up_to_the_cap(tmp_path):
+    reports = []
+    for cap in (2.0, None):
+        actor = make_actor(tmp_path / str(cap), rollout={"importance_cap": cap})
+        (rollout,) = rollouts_of(actor, sampled_at=(-1, -1))
+        samples = [replace(sample, logprobs=sample.logprobs - np.float32(1.0)) for sample in rollout.samples]
+        reports.append(actor.update([replace(rollout, samples=tuple(samples))]))
+    # every token is e times likelier now: weight 2 on all of them, or 1
+    assert [report.truncated_share for report in reports] == [1.0, 0.0]
+    assert reports[0].grad_norm == pytest.approx(2 * reports[1].grad_norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -98,11 +158,68 @@ def test_exported_file_reproduces_the_trainers_logprobs_and_names_the_head(tmp_p
     model = build_policy(tie_word_embeddings=tied)
     model.load_state_dict(state)
     batch = pad_batch(SEQUENCES, EOS)
-    rows = response_logprobs(model, batch, 1.0).detach()
+    rows = response_logprobs(CausalModel(model), batch, 1.0).detach()
     for row, expected in zip(rows.numpy(), actor.logprobs(SEQUENCES), strict=True):
         np.testing.assert_allclose(row[: len(expected)], expected, atol=1e-6)
-    actor.release_weights(weights)
-    assert list(weights.path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_an_export_stays_what_it_was_through_later_updates_until_its_release(tmp_path, zero_stage):
+    actor = make_actor(tmp_path, policy={"learning_rate": 3e-3, "zero_stage": zero_stage})
+    actor.update(rollouts_of(actor))
+    held, before = actor.export_weights(), sums(actor)
+    for _ in range(3):
+        actor.update(rollouts_of(actor))
+        actor.release_weights(actor.export_weights())
+    assert np.abs(sums(actor) - before).max() > 0.01
+    actor.save("held", held)
+    model = load_causal_lm(tmp_path / "test" / "held", dtype="float32", trust_remote_code=False)
+    saved = response_logprobs(model, pad_batch(SEQUENCES, EOS), 1.0).sum(1)
+    np.testing.assert_allclose(saved.detach().numpy(), before, atol=1e-5)
+    assert len(list(held.path.parent.iterdir())) == 2
+
+
+class WatchedLock:
+    """A lock that tells when someone must wait for it."""
+
+    def __init__(self):
+        self.lock, self.waited_for = threading.Lock(), threading.Event()
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.waited_for.set()
+            self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+
+def test_a_release_comes_through_while_an_update_runs_and_a_save_waits_for_its_end(tmp_path, monkeypatch):
+    actor = make_actor(tmp_path)
+    rollouts, weights = rollouts_of(actor), actor.export_weights()
+    inside, go_on, lock = threading.Event(), threading.Event(), WatchedLock()
+    monkeypatch.setattr(actor, "_lock", lock)
+    step = actor._engine.step
+
+    def held_step(factor):
+        inside.set()
+        assert go_on.wait(60)
+        return step(factor)
+
+    monkeypatch.setattr(actor._engine, "step", held_step)
+    with ThreadPoolExecutor(2) as threads:
+        updating = threads.submit(actor.update, rollouts)
+        assert inside.wait(60)
+        saving = threads.submit(actor.save, "present")
+        actor.release_weights(weights)
+        was_waited_for = lock.waited_for.wait(20)
+        go_on.set()
+        assert was_waited_for
+        assert updating.result().version == 1
+        saving.result()
+    model = load_causal_lm(tmp_path / "test" / "present", dtype="float32", trust_remote_code=False)
+    saved = response_logprobs(model, pad_batch(SEQUENCES, EOS), 1.0).sum(1)
+    np.testing.assert_allclose(saved.detach().numpy(), sums(actor), atol=1e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
@@ -194,26 +311,36 @@ def test_critic_is_kept_where_the_configuration_says_so(tmp_path):
     assert actor.update(rollouts_of(actor, versions=(1, 0))).value_loss < losses[-1]
 
 
-def engine_weights(zero_stage, dtype, num_parts, steps=3):
+def token_batch(tokens):
+    """Rows of equal length whose first token is the prompt."""
+    ones = torch.ones(len(tokens), dtype=torch.long)
+    return PaddedBatch(tokens, ones, (tokens.shape[1] - 1) * ones)
+
+
+def engine_weights(settings, num_parts, steps=3, **sizes):
     """Weights of a policy after some steps on fixed sequences, each step in ``num_parts`` parts."""
-    settings = EngineSettings(1e-3, max_grad_norm=0.05, zero_stage=zero_stage, dtype=dtype)
-    engine = TrainingEngine(build_policy(), settings)
+    engine = TrainingEngine(CausalModel(build_policy(**sizes)), settings)
     tokens = torch.randint(0, 32, (8, 12), generator=torch.Generator().manual_seed(1))
     norms = []
     for _ in range(steps):
-        parts = tokens.chunk(num_parts)
-        for number, part in enumerate(parts, start=1):
-            logits = engine.forward(input_ids=part, use_cache=False).logits.float()
-            losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), part[:, 1:], reduction="none")
-            engine.accumulate(losses.sum() / tokens[:, 1:].numel(), is_last=number == num_parts)
+        for number, part in enumerate(tokens.chunk(num_parts), start=1):
+            logprobs = response_logprobs(engine.forward, token_batch(part), 1.0)
+            engine.accumulate(-logprobs.sum() / tokens[:, 1:].numel(), is_last=number == num_parts)
         norms.append(engine.step(1.0))
-    weights, rotary = engine.weights(), engine.network.model.rotary_emb.inv_freq.clone()
+    with engine.weights() as present:
+        weights = {name: tensor.clone() for name, tensor in present.items()}
+    rotary = engine.network.model.rotary_emb.inv_freq.clone()
     engine.close()
     return weights, norms, rotary
 
 
-def test_every_zero_stage_takes_the_step_of_plain_torch_with_clipping():
-    model = build_policy()
+# Weights above 100,000 numbers, which ZeRO 3 gathers for one module at a time and lets go again.
+LARGE = {"vocab_size": 4096, "intermediate_size": 4096, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_zero_stage_takes_the_step_of_plain_torch_with_clipping(monkeypatch, checkpointing):
+    model = build_policy(**LARGE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     tokens = torch.randint(0, 32, (8, 12), generator=torch.Generator().manual_seed(1))
     for _ in range(3):
@@ -223,16 +350,19 @@ def test_every_zero_stage_takes_the_step_of_plain_torch_with_clipping():
         optimizer.step()
         optimizer.zero_grad()
     expected = model.state_dict()
+    monkeypatch.setattr(networks, "MAX_LOGITS", 10 * 4096)
     for stage in range(4):
-        weights, _, _ = engine_weights(stage, "float32", num_parts=2)
+        settings = EngineSettings(1e-3, 0.05, zero_stage=stage, dtype="float32", checkpointing=checkpointing)
+        weights, _, _ = engine_weights(settings, num_parts=2, **LARGE)
         for name, value in weights.items():
             torch.testing.assert_close(value, expected[name], atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_bfloat16_trains_with_float32_gradients_and_rotary_frequencies(zero_stage):
-    whole, norms, rotary = engine_weights(zero_stage, "bfloat16", num_parts=1)
-    _, split_norms, _ = engine_weights(zero_stage, "bfloat16", num_parts=8)
+    settings = EngineSettings(1e-3, 0.05, zero_stage=zero_stage, dtype="bfloat16")
+    whole, norms, rotary = engine_weights(settings, num_parts=1)
+    _, split_norms, _ = engine_weights(settings, num_parts=8)
     assert whole["lm_head.weight"].dtype == torch.bfloat16
     assert torch.equal(rotary, build_policy().model.rotary_emb.inv_freq)
     assert norms == pytest.approx(split_norms, rel=2e-2)
@@ -248,8 +378,8 @@ def test_groups_of_different_sizes_are_a_programming_error(tmp_path):
 
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (2, "float32"), (0, "bfloat16"), (3, "bfloat16")])
 def test_gradient_that_is_not_finite_ends_the_run(zero_stage, dtype):
-    engine = TrainingEngine(build_policy(), EngineSettings(1e-3, 1.0, zero_stage, dtype))
-    logits = engine.forward(input_ids=torch.tensor([[3, 4]]), use_cache=False).logits.float()
-    engine.accumulate(logits.sum() * float("nan"), is_last=True)
+    engine = TrainingEngine(CausalModel(build_policy()), EngineSettings(1e-3, 1.0, zero_stage, dtype))
+    logprobs = response_logprobs(engine.forward, token_batch(torch.tensor([[3, 4]])), 1.0)
+    engine.accumulate(logprobs.sum() * float("nan"), is_last=True)
     with pytest.raises(RunError, match="gradient is not finite"):
         engine.step(1.0)

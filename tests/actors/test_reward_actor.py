@@ -9,6 +9,7 @@ import torch
 from tiny_models import BAD, EOS, GOOD, pad_batch, random_pairs, run_config, save_pairs, save_policy, save_reward_model
 
 from actors.reward import RewardRefitter, RewardServer
+from ocrm_ray import batches
 from ocrm_ray.networks import last_token_scores, load_reward_model
 from ocrm_ray.preferences import Pair
 from ocrm_ray.records import RefitReport, RefitRequest
@@ -22,9 +23,9 @@ def flipped(pair):
     return Pair(pair.prompt_text, pair.rejected, pair.chosen)
 
 
-def make_refitter(tmp_path, train, heldout=None, correction=None, training=TRAINING):
+def make_refitter(tmp_path, train, heldout=None, correction=None, training=TRAINING, zero_stage=0):
     base = save_reward_model(tmp_path / "base")
-    sections = {"reward": {"base": base, "training": training}}
+    sections = {"reward": {"base": base, "training": training}, "policy": {"zero_stage": zero_stage}}
     config = run_config(tmp_path, correction={"training": training} | (correction or {}), **sections)
     save_pairs(config, train, heldout or random_pairs(200, seed=99))
     refitter = RewardRefitter(config, save_policy(tmp_path / "sft"), None, config.run_dir)
@@ -73,18 +74,19 @@ def test_refit_uses_the_pairs_of_its_indices(tmp_path):
     assert report.heldout_accuracy > 0.9
 
 
-def test_refit_does_not_depend_on_the_micro_batch_size(tmp_path):
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_refit_does_not_depend_on_the_micro_batch_tokens(tmp_path, monkeypatch, zero_stage):
+    monkeypatch.setattr(batches, "SMALL_CHUNK", 30)  # so that a micro-batch is several forward passes
     train = random_pairs(100, seed=1)
     weights = np.linspace(0, 2, 100)
     results = []
-    for size in (7, 64):
-        training = TRAINING | {"micro_batch_size": size, "learning_rate": 1e-3}
-        refitter = make_refitter(tmp_path / str(size), train, training=training)
-        results.append(
-            (refitter.refit(request(100, weights)), scores_of(tmp_path / str(size) / "test/reward/v1", train))
-        )
-    assert results[0][0].loss == pytest.approx(results[1][0].loss, rel=1e-4)
-    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-3, rtol=1e-3)
+    for tokens in (1, 200, 16384):
+        folder, training = tmp_path / str(tokens), TRAINING | {"micro_batch_tokens": tokens, "learning_rate": 1e-3}
+        refitter = make_refitter(folder, train, training=training | {"num_epochs": 2}, zero_stage=zero_stage)
+        results.append((refitter.refit(request(100, weights)), scores_of(folder / "test/reward/v1", train)))
+    for report, scores in results[1:]:
+        assert report.loss == pytest.approx(results[0][0].loss, rel=1e-4)
+        torch.testing.assert_close(scores, results[0][1], atol=1e-3, rtol=1e-3)
 
 
 def test_refit_starts_where_the_configuration_says(tmp_path):

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from tiny_models import EOS, build_policy, pad_batch, random_pairs, run_config, save_pairs, save_policy
 
 from actors.scoring import ScoringActor
-from ocrm_ray.networks import response_logprobs
-from ocrm_ray.records import PolicyWeights
+from actors.weight_transport import WeightExporter
+from ocrm_ray.networks import CausalModel, response_logprobs
 
 PAIRS = random_pairs(11, seed=1)
 SEQUENCES = [pair.chosen for pair in PAIRS]
@@ -39,14 +38,13 @@ def moved_policy():
 
 
 def published(tmp_path, version=3):
-    path = tmp_path / f"policy-v{version}.safetensors"
-    save_file({name: tensor.clone() for name, tensor in moved_policy().state_dict().items()}, path)
-    return PolicyWeights(version, path, path.stat().st_size)
+    tensors = moved_policy().state_dict()
+    return WeightExporter(tmp_path / "exports", tensors, checksum=True).export(version, tensors)
 
 
 def expected_rows(model, sequences, temperature):
     with torch.no_grad():
-        return [response_logprobs(model, pad_batch([s], EOS), temperature)[0].numpy() for s in sequences]
+        return [response_logprobs(CausalModel(model), pad_batch([s], EOS), temperature)[0].numpy() for s in sequences]
 
 
 def assert_rows_close(rows, expected):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss
+from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss, truncated_weights
 
 RATIOS = torch.tensor([[0.5, 1.0, 1.5, 0.5, 1.0, 1.5]], dtype=torch.float64)
 ADVANTAGES = torch.tensor([[2.0, 2.0, 2.0, -2.0, -2.0, -2.0]], dtype=torch.float64)
@@ -62,6 +62,45 @@ def test_a_batch_with_nothing_unmasked_has_loss_and_gradient_zero():
     (loss + clipped_value_loss(logprobs, torch.ones(1, 2), torch.ones(1, 2), mask, 0.2)).backward()
     assert (loss.item(), clip_share.item()) == (0.0, 0.0)
     assert logprobs.grad.tolist() == [[0.0, 0.0]]
+
+
+def expected_gradient(cap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a three-way policy, each choice by the sampler's probability: (mean gradient, policy, sampler, advantages)."""
+    logits = torch.tensor([0.4, -0.3, 1.1], dtype=torch.float64, requires_grad=True)
+    sampler = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    advantages = torch.tensor([[1.0], [-2.0], [0.7]], dtype=torch.float64)
+    logprobs, mask = logits.log_softmax(0).unsqueeze(1), torch.ones(3, 1, dtype=torch.bool)
+    weights = truncated_weights(logprobs, sampler.log().unsqueeze(1), mask, cap)
+    losses = [
+        clipped_policy_loss(row, row.detach(), weight, row > -math.inf, 0.2)[0]
+        for row, weight in zip(logprobs[:, None], (advantages * weights)[:, None], strict=True)
+    ]
+    (torch.stack(losses) * sampler).sum().backward()
+    return logits.grad, logits.detach().softmax(0), sampler, advantages[:, 0]
+
+
+def score_function(policy: torch.Tensor, mass: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Minus the sum of mass * advantage * d log policy / d logits."""
+    return -(mass * advantages) @ (torch.eye(3, dtype=torch.float64) - policy)
+
+
+def test_without_truncation_the_gradient_on_anothers_samples_is_that_on_ones_own():
+    gradient, policy, _, advantages = expected_gradient(cap=100.0)
+    torch.testing.assert_close(gradient, score_function(policy, policy, advantages))
+
+
+def test_truncation_moves_what_is_learnt_from_to_the_smaller_of_policy_and_capped_sampler():
+    gradient, policy, sampler, advantages = expected_gradient(cap=2.0)
+    torch.testing.assert_close(gradient, score_function(policy, torch.minimum(policy, 2 * sampler), advantages))
+    assert policy[2] > 2 * sampler[2]
+
+
+def test_importance_weights_by_hand_without_gradient_and_one_on_padding():
+    old = torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.5]], dtype=torch.float64).log().requires_grad_()
+    sampler = torch.tensor([[0.5, 0.4, 0.1, 0.9, math.nan]], dtype=torch.float64).log()
+    weights = truncated_weights(old, sampler, torch.tensor([[True, True, True, True, False]]), 2.0)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 1.25, 2.0, 0.5 / 0.9, 1.0]], dtype=torch.float64))
+    assert not weights.requires_grad
 
 
 def test_value_loss_by_hand():
