@@ -8,6 +8,7 @@ ready. Rates are updates by wall seconds, corrections included, from the second 
 what a refit needs.
 """
 
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -34,8 +35,8 @@ def row_of(launch: Launch, round_number: int, schedule: str, every: int) -> list
         mean_of(rows, "idle_share", "generation"),
         mean_of(rows, "idle_share", "policy"),
         len(windows),
-        sum(durations) / len(durations),
-        sum(lags) / len(lags),
+        statistics.fmean(durations) if windows else "none was promoted",
+        statistics.fmean(lags) if windows else "",
     ]
 
 
