@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ocrm_ray.records import FloatArray, IntArray, Sequence
 
-MAX_PADDING = 0.04
-"""Share of a chunk's tokens; with the small chunks, which may have more, a whole table stays within 5 %."""
-SMALL_CHUNK = 512
-"""Tokens below which a chunk of its own costs more than padding."""
+MAX_PADDING = 0.05
+SMALL_BLOCK = 192
+"""Tokens below which a block of its own costs more than padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,23 @@ class PaddedBatch:
         """[B, T]: the column whose output predicts each response token, held inside the row where T is padding."""
         steps = torch.arange(int(self.response_lengths.max()), device=self.tokens.device)
         return torch.minimum(self.prompt_lengths[:, None] - 1 + steps, self.last_positions[:, None] - 1)
+
+    def blocks(self) -> "list[PaddedBatch]":
+        """The rows in order, in blocks cut to their longest: with little padding if rows are sorted by length."""
+        lengths = (self.last_positions + 1).tolist()
+        starts, width, used = [0], 0, 0
+        for row, length in enumerate(lengths):
+            rows, wider = row - starts[-1], max(width, length)
+            padding = (rows + 1) * wider - used - length
+            if rows * width >= SMALL_BLOCK and padding > MAX_PADDING * (rows + 1) * wider:
+                starts.append(row)
+                wider, used = length, 0
+            width, used = wider, used + length
+        parts = zip(starts, [*starts[1:], len(lengths)], strict=True)
+        return [
+            PaddedBatch(self.tokens[i:j, : max(lengths[i:j])], self.prompt_lengths[i:j], self.response_lengths[i:j])
+            for i, j in parts
+        ]
 
     def to(self, device: torch.device) -> "PaddedBatch":
         return PaddedBatch(self.tokens.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device))
@@ -97,24 +113,18 @@ class SequenceTable:
         )
 
 
-def length_chunks(
-    lengths: IntArray, max_rows: int, max_tokens: int, max_padding: float = MAX_PADDING
-) -> list[list[int]]:
+def length_chunks(lengths: IntArray, max_rows: int, max_tokens: int) -> list[list[int]]:
     """Indices of ``lengths``, longest first (ties in order), in chunks that a forward pass takes.
 
-    A chunk has at most ``max_rows`` rows and ``max_tokens`` tokens, padding included (one longer sequence goes alone);
-    once it has ``SMALL_CHUNK`` tokens, at most ``max_padding`` of it is padding.
+    A chunk has at most ``max_rows`` rows and ``max_tokens`` tokens, padding included; one longer sequence goes alone.
     """
     chunks: list[list[int]] = []
-    size = used = width = 0
+    width = 0
     for index in np.argsort(-lengths, kind="stable").tolist():
-        length, grown = int(lengths[index]), size + width
-        is_padded = size >= SMALL_CHUNK and grown - used - length > max_padding * grown
-        if not chunks or len(chunks[-1]) == max_rows or grown > max_tokens or is_padded:
+        if not chunks or len(chunks[-1]) == max_rows or width * (len(chunks[-1]) + 1) > max_tokens:
             chunks.append([])
-            size, used, width = 0, 0, length
+            width = int(lengths[index])
         chunks[-1].append(index)
-        size, used = size + width, used + length
     return chunks
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs
+from ocrm_ray.attention import use_products
 from ocrm_ray.batches import PaddedBatch
 from ocrm_ray.config import Dtype
 from ocrm_ray.errors import RunError
@@ -45,12 +46,16 @@ class CausalModel(nn.Module):
     def forward(
         self, batch: PaddedBatch, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        hidden = self.network.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        positions, tokens = batch.response_tokens()
+        hidden, tokens = [], []
+        for block in batch.blocks():
+            states = self.network.base_model(input_ids=block.tokens, use_cache=False).last_hidden_state
+            positions, said = block.response_tokens()
+            hidden.append(states.flatten(0, 1).index_select(0, positions))
+            tokens.append(said)
         logprobs, entropy = head_logprobs(
             self.logits,
-            hidden.flatten(0, 1).index_select(0, positions),
-            tokens,
+            torch.cat(hidden),
+            torch.cat(tokens),
             temperature,
             max(1, MAX_LOGITS // self._settings.vocab_size),
             with_entropy=with_entropy,
@@ -87,7 +92,7 @@ class ScalarModel(nn.Module):
     """A causal sequence-classification network with one label, read at every token: reward model or critic.
 
     Hugging Face reads the score in front of the first padding token, which is the wrong place where padding and
-    EOS share an id; here the caller says which token counts. ``forward``: tokens [B, L] -> float32 [B, L].
+    EOS share an id; here the caller says which token counts. ``forward``: a batch of tokens [B, L] -> float32 [B, L].
     """
 
     def __init__(self, network: Any) -> None:
@@ -97,10 +102,13 @@ class ScalarModel(nn.Module):
         network.score.load_state_dict(head.state_dict())
         self.network = network
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.network.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        scores: Tensor = self.network.score(hidden)
-        return scores.squeeze(-1)
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        scores = []
+        for block in batch.blocks():
+            hidden = self.network.base_model(input_ids=block.tokens, use_cache=False).last_hidden_state
+            missing = batch.tokens.shape[1] - hidden.shape[1]
+            scores.append(nn.functional.pad(self.network.score(hidden).squeeze(-1), (0, missing)))
+        return torch.cat(scores)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:
@@ -131,7 +139,8 @@ def load_causal_lm(path: str | Path, *, dtype: Dtype, trust_remote_code: bool) -
 
     with _quiet_loading():
         network = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-    model = CausalModel(network.eval()).eval()
+    use_products(network)
+    model = CausalModel(network).eval()
     model.check()
     return model
 
@@ -156,6 +165,7 @@ def load_reward_model(
         )
     if not isinstance(getattr(network, "score", None), nn.Linear):
         raise ValueError(f"{path}: {type(network).__name__} has no linear head named score, so it is not causal")
+    use_products(network)
     model = ScalarModel(network).eval()
     if not has_head:
         assert head_seed is not None
@@ -206,13 +216,13 @@ def response_logprobs(model: Any, batch: PaddedBatch, temperature: float) -> Ten
 
 def last_token_scores(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B]: scores of a reward model at the last token of each sequence."""
-    scores: Tensor = model(batch.tokens)
+    scores: Tensor = model(batch)
     return scores.gather(1, batch.last_positions[:, None]).squeeze(1)
 
 
 def response_values(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B, T]: a critic's values of the states in which the response tokens were chosen, 0 past the end."""
-    values: Tensor = model(batch.tokens)
+    values: Tensor = model(batch)
     return values.gather(1, batch.predicting_positions()).masked_fill(~batch.response_mask, 0.0)
 
 
