@@ -47,8 +47,7 @@ class CausalModel(nn.Module):
         self, batch: PaddedBatch, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         hidden, tokens = [], []
-        for block in batch.blocks():
-            states = self.network.base_model(input_ids=block.tokens, use_cache=False).last_hidden_state
+        for block, states in _block_states(self.network, batch):
             positions, said = block.response_tokens()
             hidden.append(states.flatten(0, 1).index_select(0, positions))
             tokens.append(said)
@@ -78,14 +77,10 @@ class CausalModel(nn.Module):
     def _settings(self) -> Any:
         return self.network.config.get_text_config()
 
-    @torch.no_grad()
-    def check(self) -> None:
-        """RunError where the network computes its logits in a way of its own."""
-        tokens = torch.arange(1, 5).remainder(self._settings.vocab_size)[None]
-        expected = self.network(input_ids=tokens, use_cache=False).logits.float()
-        found = self.logits(self.network.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float()
-        if found.shape != expected.shape or (found - expected).abs().max() > 0.02 * expected.abs().max():
-            raise RunError(f"{type(self.network).__name__}: its logits are not its head's of its hidden states")
+    def last_logits(self, batch: PaddedBatch) -> Tensor:
+        """[B, V] behind the last column."""
+        ((_, states),) = _block_states(self.network, batch)
+        return self.logits(states[:, -1])
 
 
 class ScalarModel(nn.Module):
@@ -104,11 +99,36 @@ class ScalarModel(nn.Module):
 
     def forward(self, batch: PaddedBatch) -> Tensor:
         scores = []
-        for block in batch.blocks():
-            hidden = self.network.base_model(input_ids=block.tokens, use_cache=False).last_hidden_state
-            missing = batch.tokens.shape[1] - hidden.shape[1]
-            scores.append(nn.functional.pad(self.network.score(hidden).squeeze(-1), (0, missing)))
+        for _, states in _block_states(self.network, batch):
+            missing = batch.tokens.shape[1] - states.shape[1]
+            scores.append(nn.functional.pad(self.network.score(states).squeeze(-1), (0, missing)))
         return torch.cat(scores)
+
+
+def _block_states(network: Any, batch: PaddedBatch) -> Iterator[tuple[PaddedBatch, Tensor]]:
+    """Each block of a batch with its final hidden states [R, W, H].
+
+    Embedded together: the gradient of every lookup is as large as the table.
+    """
+    embedded, row = network.get_input_embeddings()(batch.tokens), 0
+    for block in batch.blocks():
+        num_rows, width = block.tokens.shape
+        part = embedded[row : row + num_rows, :width]
+        yield block, network.base_model(inputs_embeds=part, use_cache=False).last_hidden_state
+        row += num_rows
+
+
+@torch.no_grad()
+def require_own_logits(model: "CausalModel | ScalarModel") -> None:
+    """RunError where a network computes its logits in a way that its head, hidden states and embeddings do not show."""
+    network, length = model.network, torch.ones(1, dtype=torch.long)
+    tokens = torch.tensor([[token for token in range(1, 6) if token != network.config.pad_token_id][:4]])
+    batch = PaddedBatch(tokens, length, 3 * length)
+    expected = network(input_ids=tokens, use_cache=False).logits.float().flatten()
+    found = (model.last_logits(batch) if isinstance(model, CausalModel) else model(batch)[:, -1]).float().flatten()
+    expected = expected[-len(found) :]
+    if (found - expected).abs().max() > 0.02 * expected.abs().max():
+        raise RunError(f"{type(network).__name__}: its logits are not those of its head on its hidden states")
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:
@@ -141,7 +161,7 @@ def load_causal_lm(path: str | Path, *, dtype: Dtype, trust_remote_code: bool) -
         network = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     use_products(network)
     model = CausalModel(network).eval()
-    model.check()
+    require_own_logits(model)
     return model
 
 
@@ -170,6 +190,7 @@ def load_reward_model(
     if not has_head:
         assert head_seed is not None
         _draw_head(network.score, head_seed)
+    require_own_logits(model)
     return model
 
 
