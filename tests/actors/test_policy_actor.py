@@ -22,7 +22,7 @@ from tiny_models import (
 
 from actors.policy import PolicyActor
 from actors.training_engine import EngineSettings, TrainingEngine
-from ocrm_ray import networks
+from ocrm_ray import batches, networks
 from ocrm_ray.batches import PaddedBatch
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import CausalModel, load_causal_lm, response_logprobs
@@ -73,7 +73,8 @@ def test_update_raises_what_was_rewarded_and_lowers_what_was_not(tmp_path):
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
 @pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
-def test_update_does_not_depend_on_the_micro_batch_tokens(tmp_path, zero_stage, algorithm):
+def test_update_does_not_depend_on_the_micro_batch_tokens(tmp_path, monkeypatch, zero_stage, algorithm):
+    monkeypatch.setattr(batches, "SMALL_BLOCK", 1)
     results = []
     for tokens in (1, 15, 100):
         folder = tmp_path / str(tokens)
@@ -351,6 +352,8 @@ def test_every_zero_stage_takes_the_step_of_plain_torch_with_clipping(monkeypatc
         optimizer.zero_grad()
     expected = model.state_dict()
     monkeypatch.setattr(networks, "MAX_LOGITS", 10 * 4096)
+    monkeypatch.setattr(batches, "SMALL_BLOCK", 1)
+    monkeypatch.setattr(batches, "MAX_PADDING", -1.0)  # every row is a block
     for stage in range(4):
         settings = EngineSettings(1e-3, 0.05, zero_stage=stage, dtype="float32", checkpointing=checkpointing)
         weights, _, _ = engine_weights(settings, num_parts=2, **LARGE)

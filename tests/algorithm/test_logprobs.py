@@ -104,7 +104,9 @@ def test_every_chunk_but_the_last_is_computed_again_and_none_is_larger():
 
 def test_backward_pass_does_not_compute_the_entropy_again(monkeypatch: pytest.MonkeyPatch):
     calls, original = [], logprobs.token_entropy
-    monkeypatch.setattr(logprobs, "token_entropy", lambda table: calls.append(len(table)) or original(table))
+    monkeypatch.setattr(
+        logprobs, "token_entropy", lambda logits, *args: calls.append(len(logits)) or original(logits, *args)
+    )
     through_a_head(4)
     assert calls == [4, 4, 3]
 
