@@ -97,7 +97,7 @@ def test_durations_of_an_earlier_run_give_its_stages_again(tmp_path: Path) -> No
     config = tiny_run(**pools, **{"output_dir": str(tmp_path), "correction.strategy": "none"})
     config.run_dir.mkdir()
     stages = '{"generate": 3.0, "score": 2.0, "train": 1.5, "publish": 0.25}'
-    (config.run_dir / "metrics.jsonl").write_text(f'{{"step": 1, "step_s": 9.0, "stage_s": {stages}}}\n')
+    (config.run_dir / "metrics.jsonl").write_text(f'{{"step": 1, "time_s": 9.0, "step_s": 9.0, "stage_s": {stages}}}\n')
     section = prepared(config).rehearsal
     assert section is not None
     assert section.engine_slots == 2  # 4 prompts on 3 engines
