@@ -77,11 +77,6 @@ class CausalModel(nn.Module):
     def _settings(self) -> Any:
         return self.network.config.get_text_config()
 
-    def last_logits(self, batch: PaddedBatch) -> Tensor:
-        """[B, V] behind the last column."""
-        ((_, states),) = _block_states(self.network, batch)
-        return self.logits(states[:, -1])
-
 
 class ScalarModel(nn.Module):
     """A causal sequence-classification network with one label, read at every token: reward model or critic.
@@ -124,9 +119,12 @@ def require_own_logits(model: "CausalModel | ScalarModel") -> None:
     network, length = model.network, torch.ones(1, dtype=torch.long)
     tokens = torch.tensor([[token for token in range(1, 6) if token != network.config.pad_token_id][:4]])
     batch = PaddedBatch(tokens, length, 3 * length)
-    expected = network(input_ids=tokens, use_cache=False).logits.float().flatten()
-    found = (model.last_logits(batch) if isinstance(model, CausalModel) else model(batch)[:, -1]).float().flatten()
-    expected = expected[-len(found) :]
+    expected = network(input_ids=tokens, use_cache=False).logits.float()
+    if isinstance(model, CausalModel):
+        expected = expected.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
+        found = response_logprobs(model, batch, 1.0)
+    else:
+        found = model(batch)[:, -1:]
     if (found - expected).abs().max() > 0.02 * expected.abs().max():
         raise RunError(f"{type(network).__name__}: its logits are not those of its head on its hidden states")
 
