@@ -7,7 +7,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-deps
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' docker/cpu-lock.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench-setup clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
@@ -25,6 +25,9 @@ format: $(VENV)/dev.stamp
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# What the comparison in tests/bench needs beyond the two locks; the environment itself stays as it is.
+bench-setup: $(VENV)/bench.stamp
+
 # The CPU build of torch is on PyTorch's own index; only where pip does not find it by itself is that index named.
 $(VENV)/runtime.stamp: docker/cpu-lock.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"Python 3.11 is needed, {sys.executable} is {v}: make PYTHON=/path/to/python3.11")'
@@ -38,6 +41,11 @@ $(VENV)/runtime.stamp: docker/cpu-lock.txt
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp docker/dev-lock.txt
 	$(PIP) -r docker/dev-lock.txt
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/runtime.stamp docker/bench-lock.txt
+	rm -rf $(VENV)/bench
+	$(PIP) --target $(VENV)/bench -r docker/bench-lock.txt
 	touch $@
 
 clean:

@@ -3,24 +3,24 @@
 The spawning process never imports the class, so that the coordinator stays free of torch, vllm and deepspeed.
 """
 
-import importlib
 import os
+import pkgutil
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actors.remote_actor import ActorSpec
 
 
 class ActorHost:
     """Runs one actor with synchronous methods; its calls are answered one after the other, in order."""
 
-    def __init__(self, role: str, path: str, arguments: tuple[Any, ...], secrets: Mapping[str, str]) -> None:
-        self._role = role
-        self._path = path
-        self._arguments = arguments
+    def __init__(self, spec: "ActorSpec", secrets: Mapping[str, str]) -> None:
+        self._spec = spec
         self._secrets = secrets
-        self._actor: Any = None
 
     def __repr__(self) -> str:
-        return self._role
+        return self._spec.role
 
     def start(self) -> None:
         """Import and build the class ``module:name``, then call its ``start``.
@@ -35,9 +35,19 @@ class ActorHost:
 
     def _build(self) -> Any:
         os.environ.update(self._secrets)
-        module, _, name = self._path.partition(":")
-        self._actor = getattr(importlib.import_module(module), name)(*self._arguments)
+        if self._spec.yields:
+            yield_to_others()
+        self._actor = pkgutil.resolve_name(self._spec.path)(*self._spec.arguments)
         return self._actor
+
+
+def yield_to_others() -> None:
+    """Put this process under SCHED_IDLE: it runs when nobody else wants the core, or for a few percent of it.
+
+    Niceness is not enough: Ray's workers are all at nice 15. Threads that start later inherit it.
+    """
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
 
 
 class AsyncActorHost(ActorHost):

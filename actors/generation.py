@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from actors import nccl_transport
 from actors.vllm_worker import no_queue_left
-from ocrm_ray.config import GenerationPool
+from actors.weight_transport import LocalCopy
+from ocrm_ray.config import GenerationPool, RunConfig
 from ocrm_ray.errors import ActorDiedError, RunError
 from ocrm_ray.records import FloatArray, GenerationRequest, PolicyWeights, PublishReport, Sample, Sequence
 from ocrm_ray.weight_publisher import probe_position
@@ -19,6 +21,8 @@ from ocrm_ray.weight_publisher import probe_position
 GIB = 1 << 30
 PREFILL_TOKENS = 2048
 """Tokens that an engine takes in one step on CPU, at least the longest sequence."""
+PREPARE_POLL_S = 0.01
+"""Between questions whether an engine has new weights ready; each takes a moment of its time."""
 SHUTDOWN_GRACE_S = 1.0
 """An engine has nothing to save; left alone, vLLM's CPU processes take longer than 5 s to end."""
 
@@ -49,22 +53,27 @@ class GenerationActor:
 
     def __init__(
         self,
-        pool: GenerationPool,
+        config: RunConfig,
+        number: int,
         model_path: str,
         max_model_len: int,
-        seed: int,
-        trust_remote_code: bool,
+        by_nccl: bool = False,
         worker_extension: str = "actors.vllm_worker.WeightReceiver",
     ) -> None:
-        """``model_path``: a Hugging Face folder with tokenizer. ``max_model_len``: tokens of prompt and response.
+        """``number``: of the engine in its pool. ``model_path``: a Hugging Face folder with tokenizer.
 
-        ``worker_extension``: dotted path, importable in the engine's processes through PYTHONPATH.
+        ``max_model_len``: tokens of prompt and response. ``by_nccl``: how weights come. ``worker_extension``: dotted
+        path, importable in the engine's processes through PYTHONPATH.
         """
-        self._pool = pool
+        self._pool = config.pools.generation
         self._model_path = model_path
         self._max_model_len = max_model_len
-        self._seed = seed
-        self._trust_remote_code = trust_remote_code
+        self._seed = config.seed + number
+        self._trust_remote_code = config.trust_remote_code
+        self._by_nccl = by_nccl
+        self._first_rank = 1 + number * nccl_transport.ranks_per_engine(self._pool)
+        self._has_joined = False
+        self._local_copy = LocalCopy()
         self._worker_extension = worker_extension
         self._engine: Any = None
         self._engine_pid = 0
@@ -82,6 +91,7 @@ class GenerationActor:
 
         self._engine = AsyncLLM.from_engine_args(self._engine_args())
         self._engine_pid = (await self._engine.collective_rpc("watch_owner", args=(os.getpid(),)))[0]
+        await self._engine.collective_rpc("start_receiving")
         await self._engine.update_weight_version("0")
         await self.score([Sequence(prompt_ids=(0,), response_ids=(0, 0), has_eos=False)])
 
@@ -109,17 +119,32 @@ class GenerationActor:
     async def load_weights(self, weights: PolicyWeights) -> PublishReport:
         """Replace the weights in flight: running requests stand still, then go on under the new version.
 
-        Their KV cache and all cached prefixes are dropped, since both were computed with the old weights. If the
-        engine cannot take the weights, raises RunError and generation stays paused: half of them may be new.
+        Their KV cache and all cached prefixes are dropped, since both were computed with the old weights. RunError
+        if the engine cannot take the weights: before the pause it goes on with the old ones, later it stays paused.
         """
         started = time.monotonic()
-        with _death_named():
-            await self._engine.pause_generation(mode="keep", clear_cache=True)
-            await self._receive(weights)
+        with _refusal_named(weights.version):
+            local = await self._local_copy.fetch(weights)
+            fetched = time.monotonic()
+            checked_s, repack_s = await self._prepare(local)
+            paused = time.monotonic()
+            # as pause_generation, without its 20 ms of sleep for outputs on their way
+            await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+            if weights.nccl is None:
+                repack_s += max(await self._engine.collective_rpc("take_weights"))
+            else:
+                await nccl_transport.receive(self._engine, weights)
             await self._engine.update_weight_version(str(weights.version))
             await self._engine.resume_generation()
-        seconds = time.monotonic() - started
-        return PublishReport(version=weights.version, num_bytes=weights.num_bytes, seconds=seconds, pause_s=seconds)
+        ended = time.monotonic()
+        return PublishReport(
+            version=weights.version,
+            num_bytes=weights.num_bytes,
+            seconds=ended - started,
+            pause_s=ended - paused,
+            transfer_s=fetched - started + checked_s,
+            repack_s=repack_s,
+        )
 
     async def score(self, sequences: list[Sequence]) -> list[FloatArray]:
         """Log-probs [T] of the responses at temperature 1.
@@ -142,12 +167,14 @@ class GenerationActor:
     async def shutdown(self) -> None:
         """Drop what is running and end the engine's processes."""
         await _cancel(self._running.values())
+        self._local_copy.close()
         if self._engine is not None:
             with no_queue_left(self._engine_pid):
                 self._engine.shutdown(timeout=SHUTDOWN_GRACE_S)
             self._engine = None
 
     def _engine_args(self) -> Any:
+        from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         on_cpu = _on_cpu(self._pool)
@@ -166,25 +193,27 @@ class GenerationActor:
             enable_prefix_caching=True,
             kv_cache_memory_bytes=int(self._pool.kv_cache_gib * GIB) if on_cpu else None,
             gpu_memory_utilization=self._pool.gpu_memory_share,
-            tensor_parallel_size=max(1, int(self._pool.gpus_per_actor)),
+            tensor_parallel_size=nccl_transport.ranks_per_engine(self._pool),
+            weight_transfer_config=WeightTransferConfig(backend="nccl") if self._by_nccl else None,
             distributed_executor_backend="mp",
             logprobs_mode="processed_logprobs",
             worker_extension_cls=self._worker_extension,
             disable_log_stats=True,
         )
 
-    async def _receive(self, weights: PolicyWeights) -> None:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            await self._engine.collective_rpc("receive_weights", args=(str(weights.path),))
-        except EngineDeadError:
-            raise
-        except Exception as error:
-            # vLLM reports what failed in a worker as a plain Exception
-            raise RunError(
-                f"the engine could not take version {weights.version} from {weights.path}: {error}"
-            ) from error
+    async def _prepare(self, weights: PolicyWeights) -> tuple[float, float]:
+        """Everything that can be done while the engine generates; seconds of (checking, repacking)."""
+        if weights.nccl is not None:
+            if not self._has_joined:
+                await nccl_transport.join(self._engine, weights, self._first_rank)
+                self._has_joined = True
+            return 0.0, 0.0
+        await self._engine.collective_rpc(
+            "prepare_weights", args=(weights.version, str(weights.path), weights.checksum)
+        )
+        while None in (prepared := await self._engine.collective_rpc("weights_prepared")):
+            await asyncio.sleep(PREPARE_POLL_S)
+        return max(checked for checked, _ in prepared), max(repacked for _, repacked in prepared)
 
     async def _answer(self, request: GenerationRequest) -> None:
         """Run one submitted request; its result or its error goes to ``collect``."""
@@ -269,6 +298,18 @@ def _sample_of(request: GenerationRequest, completion: Any) -> Sample:
         first_version=int(spans[0].version),
         last_version=int(spans[-1].version),
     )
+
+
+@contextlib.contextmanager
+def _refusal_named(version: int) -> Iterator[None]:
+    """Turn what vLLM raises for a failure in a worker, a plain Exception, into ours."""
+    try:
+        with _death_named():
+            yield
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(f"the engine could not take version {version}: {error}") from error
 
 
 @contextlib.contextmanager

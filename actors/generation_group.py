@@ -1,6 +1,13 @@
-"""The generation pool over Ray: vLLM engines behind one queue, requests of one moment sent together."""
+"""The generation pool over Ray: vLLM engines behind one queue, requests of one moment sent together.
+
+A request is bound to an engine only when one has room: a long response then holds up nobody behind it, and what is
+urgent overtakes what waits.
+"""
 
 import asyncio
+import heapq
+import itertools
+import sys
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -25,11 +32,11 @@ class _Engine:
 
 @dataclass(eq=False, slots=True)
 class _OpenRequest:
-    """A request without an answer, the engine that has it, and where its ``generate`` waits."""
+    """A request without an answer, where its ``generate`` waits, and the engine that has it, if one has."""
 
     request: GenerationRequest
-    engine: _Engine
     answer: asyncio.Future[tuple[Sample, ...]]
+    engine: _Engine | None = None
 
 
 class RayGenerationPool(RayPool):
@@ -41,8 +48,12 @@ class RayGenerationPool(RayPool):
     def __init__(self, actors: Seq[RemoteActor], group: PlacementGroup, deadlines: Deadlines) -> None:
         super().__init__(actors, group, deadlines)
         self._engines = [_Engine(actor) for actor in self.actors]
+        self.max_open_samples = sys.maxsize
+        """Samples that an engine is asked for at once, unless one request alone has more."""
         self._open: dict[str, _OpenRequest] = {}
-        self._unsent: list[_OpenRequest] = []
+        self._waiting: list[tuple[int, int, _OpenRequest]] = []
+        self._numbers = itertools.count()
+        self._is_dispatching = False
         self._submitting: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> tuple[Sample, ...]:
@@ -57,9 +68,9 @@ class RayGenerationPool(RayPool):
             if not deadline.expired():
                 raise
             self._take(request.request_id)
+            role = f"actor {opened.engine.actor.role}" if opened.engine else "the queue of pool generation"
             raise DeadlineError(
-                f"actor {opened.engine.actor.role} did not answer generate of {request.request_id} "
-                f"within {deadline_s:g} s"
+                f"{role} did not answer generate of {request.request_id} within {deadline_s:g} s"
             ) from error
 
     async def abort(self, request_id: str) -> None:
@@ -68,15 +79,14 @@ class RayGenerationPool(RayPool):
         if opened is None:
             return
         opened.answer.cancel()
-        if opened in self._unsent:
-            self._unsent.remove(opened)
+        if opened.engine is None:
             return
         if self._submitting:  # never overtake the request itself
             await asyncio.wait(set(self._submitting))
         await opened.engine.actor.call("abort", [request_id], deadline_s=self.deadlines.request_s)
 
     async def load_weights(self, weights: PolicyWeights) -> PublishReport:
-        """Every engine at once; ``pause_s`` is that of the engine that stood still longest."""
+        """Every engine at once; the seconds of each part are those of the engine that took longest over it."""
         started = time.monotonic()
         reports: list[PublishReport] = await call_all(
             self.actors, "load_weights", weights, deadline_s=self.deadlines.publish_s
@@ -86,6 +96,8 @@ class RayGenerationPool(RayPool):
             num_bytes=weights.num_bytes,
             seconds=time.monotonic() - started,
             pause_s=max(report.pause_s for report in reports),
+            transfer_s=max(report.transfer_s for report in reports),
+            repack_s=max(report.repack_s for report in reports),
         )
 
     async def score(self, sequences: Seq[Sequence]) -> list[FloatArray]:
@@ -104,22 +116,33 @@ class RayGenerationPool(RayPool):
         await super().close()
 
     def _enqueue(self, request: GenerationRequest) -> _OpenRequest:
-        """Give the request to the engine with the fewest open samples; it leaves at the end of this turn."""
-        loop = asyncio.get_running_loop()
-        engine = min(self._engines, key=lambda engine: engine.num_open_samples)
-        opened = _OpenRequest(request, engine, loop.create_future())
-        engine.num_open_samples += request.num_samples
+        opened = _OpenRequest(request, asyncio.get_running_loop().create_future())
         self._open[request.request_id] = opened
-        if not self._unsent:
-            loop.call_soon(self._send)
-        self._unsent.append(opened)
+        heapq.heappush(self._waiting, (request.priority, next(self._numbers), opened))
+        self._dispatch_soon()
         return opened
 
-    def _send(self) -> None:
+    def _dispatch_soon(self) -> None:
+        """At the end of this turn of the event loop, so that one message takes all that come in it."""
+        if self._waiting and not self._is_dispatching:
+            self._is_dispatching = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Give waiting requests, the most urgent first, to the engine with the fewest open samples, if it has room."""
+        self._is_dispatching = False
         batches: dict[_Engine, list[GenerationRequest]] = {}
-        for opened in self._unsent:
-            batches.setdefault(opened.engine, []).append(opened.request)
-        self._unsent.clear()
+        while self._waiting:
+            opened = self._waiting[0][-1]
+            engine = min(self._engines, key=lambda engine: engine.num_open_samples)
+            num_samples = opened.request.num_samples
+            if self._open.get(opened.request.request_id) is opened:
+                if engine.num_open_samples and engine.num_open_samples + num_samples > self.max_open_samples:
+                    break
+                opened.engine = engine
+                engine.num_open_samples += num_samples
+                batches.setdefault(engine, []).append(opened.request)
+            heapq.heappop(self._waiting)
         for engine, requests in batches.items():
             task = asyncio.create_task(self._submit(engine, requests))
             self._submitting.add(task)
@@ -160,6 +183,7 @@ class RayGenerationPool(RayPool):
     def _take(self, request_id: str) -> _OpenRequest | None:
         """Forget a request: its answer, should one come, is dropped."""
         opened = self._open.pop(request_id, None)
-        if opened is not None:
+        if opened is not None and opened.engine is not None:
             opened.engine.num_open_samples -= opened.request.num_samples
+            self._dispatch_soon()
         return opened

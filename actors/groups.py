@@ -39,12 +39,12 @@ def split_evenly(items: Seq[Item], num_parts: int) -> list[list[Item]]:
 
 
 async def score_spread(
-    actors: Seq[RemoteActor], sequences: Seq[Sequence], slot: str, *, deadline_s: float
+    actors: Seq[RemoteActor], sequences: Seq[Sequence], by: str | tuple[str, ...], *, deadline_s: float
 ) -> list[Any]:
-    """``score(share, slot)`` of each actor on its share of ``sequences``; idle actors are not asked."""
+    """``score(share, by)`` of each actor on its share of ``sequences``; idle actors are not asked."""
     shares = split_evenly(sequences, len(actors))
     calls = (
-        actor.call("score", share, slot, deadline_s=deadline_s) for actor, share in zip(actors, shares, strict=False)
+        actor.call("score", share, by, deadline_s=deadline_s) for actor, share in zip(actors, shares, strict=False)
     )
     return list(await asyncio.gather(*calls))
 
@@ -62,6 +62,10 @@ class RayPolicyPool(RayPool):
     async def export_weights(self) -> PolicyWeights:
         weights: PolicyWeights = await self._on_every_rank("export_weights")
         return weights
+
+    async def send_weights(self, weights: PolicyWeights) -> None:
+        if weights.nccl is not None:
+            await self.actors[0].call("send_weights", weights, deadline_s=self.deadlines.publish_s)
 
     async def release_weights(self, weights: PolicyWeights) -> None:
         await self._on_every_rank("release_weights", weights)
@@ -98,9 +102,9 @@ class RayScoringPool(RayPool):
     def _background(self) -> RemoteActor:
         return self.actors[-1]
 
-    async def score(self, sequences: Seq[Sequence], anchor: str = "live") -> tuple[list[FloatArray], list[FloatArray]]:
-        shares = await score_spread(self._scorers, sequences, anchor, deadline_s=self.deadlines.request_s)
-        return [row for anchors, _ in shares for row in anchors], [row for _, sft in shares for row in sft]
+    async def score(self, sequences: Seq[Sequence], models: Seq[str] = ("live", "sft")) -> list[list[FloatArray]]:
+        shares = await score_spread(self._scorers, sequences, tuple(models), deadline_s=self.deadlines.request_s)
+        return [[row for share in shares for row in share[number]] for number in range(len(models))]
 
     async def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
         """Chunk after chunk on the background actor, so that scoring for the policy is never behind it."""

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from actors.placement import place
-from actors.remote_actor import ActorSpec, RemoteActor, spawn
-from actors.session import Session, ray_session
+from actors.remote_actor import ActorSpec, spawn
+from actors.session import ray_session
 from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import study_runs
 from ocrm_ray.progress import ProgressDisplay
@@ -28,8 +28,8 @@ def run(config: RunConfig, resume: bool) -> str:
         return f"this run is done\nreport: {report}"
     if resume:
         forget_training(config.run_dir)
-    with ray_session(config.name) as session, ProgressDisplay() as display:
-        summary = asyncio.run(_run(config, session, display, arm=None))
+    with ray_session(config.name) as shared_memory, ProgressDisplay() as display:
+        summary = asyncio.run(_run(config, shared_memory, display, arm=None))
     figures = ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float))
     return f"{figures}\nreport: {report}"
 
@@ -39,11 +39,11 @@ def run_study(study: StudyConfig) -> str:
 
     Returns the table, and where the report is.
     """
-    with ray_session(study.name) as session, ProgressDisplay() as display:
+    with ray_session(study.name) as shared_memory, ProgressDisplay() as display:
         for arm, seed, config in study_runs(study, cwd=Path.cwd()):
             if not (config.run_dir / "summary.json").exists():
                 forget_training(config.run_dir)
-                asyncio.run(_run(config, session, display, arm=f"{arm} seed {seed}"))
+                asyncio.run(_run(config, shared_memory, display, arm=f"{arm} seed {seed}"))
     folder = study.output_dir / study.name
     page = write_study(folder, list(study.arms), study.seeds)
     table = study_table(json.loads((folder / "study.json").read_text(encoding="utf-8")))
@@ -58,36 +58,19 @@ def forget_training(run_dir: Path) -> None:
         shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
-async def _run(config: RunConfig, session: Session, display: ProgressDisplay, arm: str | None) -> dict[str, object]:
+async def _run(config: RunConfig, shared_memory: Path, display: ProgressDisplay, arm: str | None) -> dict[str, object]:
     """Run the coordinator's actor to its end and return its summary; its own error is raised here."""
     group = await place("coordinator", [{"CPU": COORDINATOR_CPUS}], config.deadlines.start_s)
-    spec = ActorSpec(
-        role="coordinator",
-        path="actors.run_actor:RunActor",
-        arguments=(config, session.shared_memory),
-        threads=1,
-        asynchronous=True,
-    )
+    arguments = (config, shared_memory)
+    spec = ActorSpec("coordinator", "actors.run_actor:RunActor", arguments, threads=1, asynchronous=True)
     coordinator = spawn(spec, group, 0)
     try:
         await coordinator.start(config.deadlines.start_s)
         running = asyncio.ensure_future(coordinator.call("run", deadline_s=None))
-        await _show_until_done(running, coordinator, display, arm, config.deadlines.request_s)
+        while not (await asyncio.wait({running}, timeout=POLL_S))[0]:
+            state = await coordinator.call("progress", deadline_s=config.deadlines.request_s)
+            display.update(replace(state, arm=arm))
         summary: dict[str, object] = await running
         return summary
     finally:
         coordinator.kill()
-
-
-async def _show_until_done(
-    running: "asyncio.Future[object]",
-    coordinator: RemoteActor,
-    display: ProgressDisplay,
-    arm: str | None,
-    deadline_s: float,
-) -> None:
-    while not running.done():
-        await asyncio.wait({running}, timeout=POLL_S)
-        if not running.done():
-            state = await coordinator.call("progress", deadline_s=deadline_s)
-            display.update(replace(state, arm=arm))

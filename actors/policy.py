@@ -1,16 +1,20 @@
 """The policy's trainer: updates, exports of its weights, and what a promotion changes in it."""
 
+import functools
 import math
+import threading
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
-from safetensors.torch import load_file
 
 from actors.critic import Critic
-from actors.training_engine import EngineSettings, TrainingEngine, start_process, write_weights
+from actors.nccl_transport import NcclExporter
+from actors.training_engine import EngineSettings, TrainingEngine, start_process
+from actors.weight_transport import WeightExporter, WeightReader
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
 from ocrm_ray.inference import table_logprobs
@@ -32,22 +36,45 @@ from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import FloatArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
 from ocrm_ray.reward_learning import calibration_sequences
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _alone(method: Method) -> Method:
+    """The method waits for every other one of the actor that is marked so."""
+
+    @functools.wraps(method)
+    def locked(self: "PolicyActor", *arguments: Any) -> Any:
+        with self._lock:
+            return method(self, *arguments)
+
+    return cast(Method, locked)
+
 
 class PolicyActor:
     """The policy in a DeepSpeed engine, for PPO with its critic. Versions count updates; version 0 is the SFT model.
 
-    Its calls are meant to come one after the other: they share the engine.
+    Calls that share the engine wait for each other; ``release_weights`` and ``send_weights`` run beside them.
     """
 
     def __init__(
-        self, config: RunConfig, sft_path: str, reward_path: str | None, run_dir: Path, exports_dir: Path
+        self,
+        config: RunConfig,
+        sft_path: str,
+        reward_path: str | None,
+        run_dir: Path,
+        exports_dir: Path | None,
+        by_nccl: bool = False,
     ) -> None:
-        """``reward_path``: the first reward model, which PPO's critic starts from; ``exports_dir``: shared memory."""
+        """``reward_path``: the first reward model, which PPO's critic starts from. ``exports_dir``: shared memory for
+        exported weights; None: they go through Ray's object store. ``by_nccl``: engines get them so."""
         self._config = config
         self._sft_path = sft_path
         self._reward_path = reward_path
         self._run_dir = run_dir
         self._exports_dir = exports_dir
+        self._by_nccl = by_nccl
+        self._lock = threading.Lock()
+        self._reader = WeightReader()
         self._version = 0
         self._num_scheduled = 0
         self._gap = math.inf
@@ -72,20 +99,22 @@ class PolicyActor:
             checkpointing=config.policy.gradient_checkpointing,
         )
         self._engine = TrainingEngine(model, settings)
+        self._exporter = self._make_exporter()
         if config.policy.algorithm == "ppo":
             assert self._reward_path is not None, "PPO's critic starts from the reward model"
             self._critic = self._make_critic(self._reward_path)
 
+    @_alone
     def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
         """One policy update, v -> v + 1. RunError: scores of other than the live reward model and anchor."""
         started = time.perf_counter()
         require_live_scores(rollouts, self._reward_version, self._anchor_version)
         policy = self._config.policy
-        experience = collect_experience(rollouts, self._tokenizer.pad_token_id)
+        experience = collect_experience(rollouts, self._tokenizer.pad_token_id, self._config.share_prompts)
         if policy.num_epochs * policy.num_minibatches > 1:
             is_exact = (experience.versions == self._version) & (self._gap <= policy.reuse_logprobs_within)
             temperature, pool = self._config.rollout.temperature, self._config.pools.policy
-            compute = partial(table_logprobs, self._engine.forward, experience.table, temperature, pool)
+            compute = functools.partial(table_logprobs, self._engine.forward, experience.table, temperature, pool)
             experience = with_old_logprobs(experience, is_exact, compute)
         values = self._critic.values(experience.table) if self._critic else None
         targets = build_targets(experience, policy, self._config.rollout, values)
@@ -102,20 +131,26 @@ class PolicyActor:
         self._gap = report.logprob_gap if statistics.num_gap_tokens else self._gap
         return report
 
+    @_alone
     def export_weights(self) -> PolicyWeights:
-        """Write the present weights, a tied head under its own name too, as one safetensors file."""
-        path = self._exports_dir / f"policy-v{self._version}.safetensors"
-        return PolicyWeights(self._version, path, write_weights(self._engine.weights(), path))
+        """Copy the present weights, a tied head under its own name too, to where engines and scorers find them."""
+        with self._engine.weights() as tensors:
+            return self._exporter.export(self._version, tensors)
+
+    def send_weights(self, weights: PolicyWeights) -> None:
+        """The trainer's part of getting exported weights into engines; nothing unless they go by NCCL."""
+        self._exporter.send(weights)
 
     def release_weights(self, weights: PolicyWeights) -> None:
-        """Delete an exported file."""
-        weights.path.unlink(missing_ok=True)
+        """Nobody reads them any more: their place is for a later export."""
+        self._exporter.release(weights)
 
+    @_alone
     def logprobs(self, sequences: Seq[Sequence]) -> list[FloatArray]:
         """Log-probs [T] of the responses at temperature 1."""
-        table = SequenceTable(sequences, self._tokenizer.pad_token_id)
-        return table_logprobs(self._engine.forward, table, 1.0, self._config.pools.policy)
+        return table_logprobs(self._engine.forward, self._table(sequences), 1.0, self._config.pools.policy)
 
+    @_alone
     def stage(self, promotion_id: str, refit: RefitReport | None) -> None:
         """Build the critic that a promotion starts again from the new reward model, if it does."""
         if self._staged is not None:
@@ -125,6 +160,7 @@ class PolicyActor:
         if refit is not None and self._critic is not None and self._config.correction.critic_on_promote == "reinit":
             self._staged = (promotion_id, self._make_critic(refit.path))
 
+    @_alone
     def commit(self, promotion_id: str, reward_version: int, anchor_version: int) -> None:
         """Staged critic live, optimiser and learning-rate schedule fresh if so configured. Again: no effect."""
         if promotion_id == self._committed:
@@ -139,10 +175,15 @@ class PolicyActor:
         self._reward_version, self._anchor_version = reward_version, anchor_version
         self._committed = promotion_id
 
+    @_alone
     def save(self, name: str, weights: PolicyWeights | None = None) -> None:
         """Write the policy, as it is or as it was exported, as Hugging Face folder ``name`` in the run folder."""
-        state = None if weights is None else load_file(weights.path)
-        self._engine.save(self._tokenizer, self._run_dir / name, state)
+        if weights is None:
+            self._engine.save(self._tokenizer, self._run_dir / name)
+            return
+        with self._reader.read(weights) as tensors:
+            state = {key: tensor.clone() for key, tensor in tensors.items()}
+            self._engine.save(self._tokenizer, self._run_dir / name, state)
 
     def close(self) -> None:
         """Free the engines."""
@@ -175,7 +216,17 @@ class PolicyActor:
         if self._critic is not None:
             statistics.value_losses.append(self._critic.update(micros, factor))
 
+    def _make_exporter(self) -> WeightExporter:
+        checksum = self._config.publish.checksum
+        with self._engine.weights() as tensors:
+            if self._by_nccl:
+                return NcclExporter(self._exports_dir, tensors, checksum, self._config.pools.generation)
+            return WeightExporter(self._exports_dir, tensors, checksum)
+
     def _make_critic(self, folder: str | Path) -> Critic:
         pairs = read_pairs(self._config.stage_root / "pairs" / "train.jsonl")
         sequences = calibration_sequences(pairs, self._config.reward.num_calibration)
-        return Critic(self._config, folder, SequenceTable(sequences, self._tokenizer.pad_token_id))
+        return Critic(self._config, folder, self._table(sequences))
+
+    def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
+        return SequenceTable(sequences, self._tokenizer.pad_token_id, self._config.share_prompts)

@@ -1,12 +1,14 @@
 """The stages' cluster over Ray: starts the actors that a stage needs, and the pools of RL."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import ray
 
 from actors.generation import engine_environment
 from actors.generation_group import RayGenerationPool
@@ -27,6 +29,21 @@ PROGRESS_S = 1.0
 NUM_LOGPROB_PARTS = 40
 """Messages in which the pairs' log-probs are asked for, so that progress shows."""
 PoolType = TypeVar("PoolType", bound=RayPool)
+
+
+def choose_transport(config: RunConfig, num_nodes: int) -> tuple[bool, bool]:
+    """Whether weights go through Ray's object store instead of shared memory, and whether engines get them by NCCL.
+
+    With NCCL, which needs whole GPUs, scorers still read the copy on the trainer's host.
+    """
+    wanted, pools = config.publish.transport, config.pools
+    whole_gpus = min(pools.policy.gpus_per_actor, pools.generation.gpus_per_actor) >= 1
+    by_nccl = wanted == "nccl" or (wanted == "auto" and whole_gpus)
+    return wanted == "object_store" or (wanted != "shared_memory" and num_nodes > 1), by_nccl
+
+
+def _num_nodes() -> int:
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 class RayTrainer(RayPool):
@@ -112,21 +129,29 @@ class RayCluster:
         return cast(PoolType, await asyncio.shield(self._started[kind.name]))
 
     async def _generation(self) -> RayGenerationPool:
-        return await self._once(RayGenerationPool, self._generation_specs)
+        pool = await self._once(RayGenerationPool, self._generation_specs)
+        # a quarter more than it decodes, so that the next request is there when one ends
+        pool.max_open_samples = self.config.pools.generation.max_running * 5 // 4
+        return pool
 
     async def _policy(self) -> RayPolicyPool:
         reward_path = self.paths.reward if self.config.policy.algorithm == "ppo" else None
-        arguments = (self.paths.sft, reward_path, self.config.run_dir, self._shared_memory)
+        through_store, by_nccl = choose_transport(self.config, _num_nodes())
+        exports_dir = None if through_store else self._shared_memory
+        arguments = (self.paths.sft, reward_path, self.config.run_dir, exports_dir, by_nccl)
         return await self._once(
             RayPolicyPool,
             lambda: self._specs("policy", "actors.policy:PolicyActor", self.config.pools.policy, *arguments),
         )
 
     async def _scoring(self) -> RayScoringPool:
-        return await self._once(
-            RayScoringPool,
-            lambda: self._specs("scoring", "actors.scoring:ScoringActor", self.config.pools.scoring, self.paths.sft),
-        )
+        pool = self.config.pools.scoring
+
+        def specs() -> list[ActorSpec]:
+            *scorers, background = self._specs("scoring", "actors.scoring:ScoringActor", pool, self.paths.sft)
+            return [*scorers, replace(background, role="ratios", yields=_shares_cores(pool))]
+
+        return await self._once(RayScoringPool, specs)
 
     async def _reward(self) -> RayRewardPool:
         pool = self.config.pools.reward
@@ -146,19 +171,23 @@ class RayCluster:
         )
 
     def _refitter(self, reward_path: str | None) -> ActorSpec:
-        arguments = (self.paths.sft, reward_path, self.config.run_dir)
-        return self._spec("refit", "actors.reward:RewardRefitter", self.config.pools.reward, *arguments)
+        pool = self.config.pools.reward
+        spec = self._spec(
+            "refit", "actors.reward:RewardRefitter", pool, self.paths.sft, reward_path, self.config.run_dir
+        )
+        return replace(spec, yields=_shares_cores(pool))
 
     def _generation_specs(self) -> list[ActorSpec]:
         pool, trust = self.config.pools.generation, self.config.trust_remote_code
         # one more than is ever generated: the probe asks for a token behind a whole sequence
         num_tokens = self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens + 1
         length = min(num_tokens, context_length(self.paths.sft, trust_remote_code=trust) or num_tokens)
+        _, by_nccl = choose_transport(self.config, _num_nodes())
         return [
             ActorSpec(
                 role=f"generation-{number}",
                 path="actors.generation:GenerationActor",
-                arguments=(pool, self.paths.sft, length, self.config.seed + number, trust),
+                arguments=(self.config, number, self.paths.sft, length, by_nccl),
                 threads=pool.threads_per_actor,
                 asynchronous=True,
                 environment=engine_environment(pool),
@@ -167,8 +196,8 @@ class RayCluster:
         ]
 
     def _specs(self, pool_name: str, path: str, pool: Pool, *arguments: Any) -> list[ActorSpec]:
-        """One spec a bundle of the pool; scorers and servers have a second thread, to stage beside live scores."""
-        concurrency = 2 if pool_name in ("scoring", "reward") else 1
+        """One spec a bundle of the pool; most have a second thread, for what must not wait for a call that is long."""
+        concurrency = 1 if pool_name == "evaluation" else 2
         return [
             replace(self._spec(f"{pool_name}-{number}", path, pool, *arguments), concurrency=concurrency)
             for number in range(len(self.bundles[pool_name]))
@@ -176,3 +205,8 @@ class RayCluster:
 
     def _spec(self, role: str, path: str, pool: Pool, *arguments: Any) -> ActorSpec:
         return ActorSpec(role, path, (self.config, *arguments), pool.threads_per_actor)
+
+
+def _shares_cores(pool: Pool) -> bool:
+    """Whether a correction's work would take cores from rollouts and training."""
+    return pool.gpus_per_actor == 0 and sys.platform == "linux"

@@ -27,6 +27,7 @@ class ActorSpec:
 
     ``threads``: arithmetic threads of the process. ``asynchronous``: its methods are coroutines. ``concurrency``:
     calls that a synchronous one answers side by side. ``environment``: further variables, set before it starts.
+    ``yields``: its process works only when no other wants the core (Linux).
     """
 
     role: str
@@ -35,14 +36,17 @@ class ActorSpec:
     threads: int
     asynchronous: bool = False
     concurrency: int = 1
+    yields: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def actor_environment(spec: ActorSpec, environ: Mapping[str, str]) -> dict[str, str]:
     """Variables of the actor's process: its threads, its own ones, and those few of ``environ`` that it needs."""
     threads = str(spec.threads)
+    # By default an arithmetic thread that waits for others spins, on the core that they need.
+    passive = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
     forwarded = {name: environ[name] for name in _FORWARDED if name in environ}
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **forwarded, **spec.environment}
+    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **passive, **forwarded, **spec.environment}
 
 
 class RemoteActor:
@@ -109,8 +113,6 @@ def spawn(spec: ActorSpec, group: PlacementGroup, bundle: int) -> RemoteActor:
             runtime_env={"env_vars": actor_environment(spec, os.environ)},
         )
         # secrets travel as an argument: Ray writes runtime environments to its logs
-        .remote(
-            spec.role, spec.path, spec.arguments, {name: os.environ[name] for name in _SECRET if name in os.environ}
-        )
+        .remote(spec, {name: os.environ[name] for name in _SECRET if name in os.environ})
     )
     return RemoteActor(spec.role, handle)

@@ -25,6 +25,7 @@ from ocrm_ray.reward_learning import (
     pair_table,
     weighted_pair_loss,
 )
+from ocrm_ray.stages import stage_paths
 
 LIVE = "live"
 FIRST = "first"
@@ -49,13 +50,13 @@ class RewardServer:
         start_process(config.pools.reward.threads_per_actor, config.seed)
         self._pad_id = load_tokenizer(self._reward_path, trust_remote_code=config.trust_remote_code).pad_token_id
         pairs = read_pairs(config.stage_root / "pairs" / "train.jsonl")
-        self._calibration_set = SequenceTable(calibration_sequences(pairs, config.reward.num_calibration), self._pad_id)
+        self._calibration_set = self._table(calibration_sequences(pairs, config.reward.num_calibration))
         self._live = self._load(self._reward_path)
 
     def score(self, sequences: Seq[Sequence], slot: str = LIVE) -> FloatArray:
         """Calibrated scores [N], read at the last token; ``slot``: ``live`` or a promotion_id."""
         model, found = self._slot(slot)
-        scores = self._raw_scores(model, SequenceTable(sequences, self._pad_id))
+        scores = self._raw_scores(model, self._table(sequences))
         return recentre(scores, found.mean, found.std, self._config.reward.scale == "calibration_std").numpy()
 
     def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
@@ -71,6 +72,9 @@ class RewardServer:
         if self._staged is not None and self._staged[0] == promotion_id:
             self._live = self._staged[1]
         self._committed, self._staged = promotion_id, None
+
+    def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
+        return SequenceTable(sequences, self._pad_id, self._config.share_prompts)
 
     def _slot(self, slot: str) -> tuple[ScalarModel, Calibration]:
         """A score of a staged model may still be asked for when that model has just become the live one."""
@@ -113,7 +117,7 @@ class RewardRefitter:
         self._tokenizer = load_tokenizer(self._sft_path, trust_remote_code=self._config.trust_remote_code)
         folder = self._config.stage_root / "pairs"
         self._train, self._heldout = (
-            pair_table(read_pairs(folder / name), self._tokenizer.pad_token_id)
+            pair_table(read_pairs(folder / name), self._tokenizer.pad_token_id, self._config.share_prompts)
             for name in ("train.jsonl", "heldout.jsonl")
         )
         self._lengths = pair_lengths(self._train)
@@ -122,25 +126,20 @@ class RewardRefitter:
         """The first reward model, version 0: all pairs alike, from its own initial weights, into the stage folder."""
         indices = np.arange(len(self._train) // 2)
         request = RefitRequest(FIRST, 0, indices, None, self._config.seed)
-        return self._fit(request, self._config.reward.training, self._base_path, self._config.stage_root / "reward")
+        paths = stage_paths(self._config)
+        return self._fit(request, self._config.reward.training, paths.reward_base, paths.root / "reward")
 
     def refit(self, request: RefitRequest) -> RefitReport:
         """A candidate for a correction, into ``reward/vN`` of the run folder."""
         folder = self._run_dir / "reward" / f"v{request.reward_version}"
         return self._fit(request, self._config.correction.training, self._initial_path(request.reward_version), folder)
 
-    @property
-    def _base_path(self) -> str:
-        if self._config.reward.base is not None:
-            return self._config.reward.base
-        return str(self._config.stage_root / "world" / "reward") if self._config.world else self._sft_path
-
     def _initial_path(self, reward_version: int) -> str:
         match self._config.correction.rm_init:
             case "sft":
                 return self._sft_path
             case "base":
-                return self._base_path
+                return stage_paths(self._config).reward_base
             case "previous":
                 # The candidate is always the successor of the live model.
                 if reward_version > 1:

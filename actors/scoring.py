@@ -6,8 +6,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from actors.training_engine import start_process, training_device
+from actors.weight_transport import WeightReader
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
 from ocrm_ray.inference import row_sums, table_logprobs
@@ -16,7 +19,7 @@ from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
 from ocrm_ray.reward_learning import pair_rows, pair_table
 
-LIVE = "live"
+LIVE, SFT = "live", "sft"
 
 
 class ScoringActor:
@@ -32,6 +35,7 @@ class ScoringActor:
         self._staged: tuple[str, Any] | None = None
         self._snapshot: tuple[int, Any] | None = None
         self._committed: str | None = None
+        self._reader = WeightReader()
 
     def start(self) -> None:
         """Load the SFT model, which is the first anchor."""
@@ -41,12 +45,15 @@ class ScoringActor:
         self._sft = self._load(self._sft_path)
         self._anchor = self._sft
 
-    def score(self, sequences: Seq[Sequence], anchor: str = LIVE) -> tuple[list[FloatArray], list[FloatArray]]:
-        """(anchor, SFT) log-probs [T] at the rollout temperature; ``anchor``: ``live`` or a promotion_id."""
-        table = SequenceTable(sequences, self._tokenizer.pad_token_id)
-        sft = self._logprobs(self._sft, table)
-        network = self._network(anchor)
-        return (sft if network is self._sft else self._logprobs(network, table)), sft
+    def score(self, sequences: Seq[Sequence], models: Seq[str] = (LIVE, SFT)) -> list[list[FloatArray]]:
+        """For each of ``models`` log-probs [T] at the rollout temperature: ``sft``, ``live`` or a promotion_id.
+
+        Models that are the same network are computed once.
+        """
+        table = SequenceTable(sequences, self._tokenizer.pad_token_id, self._config.share_prompts)
+        networks = [self._sft if model == SFT else self._network(model) for model in models]
+        rows = {id(network): self._logprobs(network, table) for network in dict.fromkeys(networks)}
+        return [rows[id(network)] for network in networks]
 
     def load_snapshot(self, weights: PolicyWeights) -> None:
         """Hold the snapshot, so that its file may go; it takes the place of an earlier one."""
@@ -103,16 +110,17 @@ class ScoringActor:
         return network.requires_grad_(False).to(training_device())
 
     def _copy_of(self, weights: PolicyWeights) -> Any:
-        from safetensors.torch import load_file
-
-        network = copy.deepcopy(self._sft)
-        network.network.load_state_dict(load_file(weights.path))
+        # the copy's parameters are empty ones: they are about to be overwritten
+        empty = {id(old): nn.Parameter(torch.empty_like(old), requires_grad=False) for old in self._sft.parameters()}
+        network = copy.deepcopy(self._sft, empty)
+        with self._reader.read(weights) as tensors:
+            network.network.load_state_dict(tensors)
         return network
 
     @cached_property
     def _pairs(self) -> SequenceTable:
         pairs = read_pairs(self._config.stage_root / "pairs" / "train.jsonl")
-        return pair_table(pairs, self._tokenizer.pad_token_id)
+        return pair_table(pairs, self._tokenizer.pad_token_id, self._config.share_prompts)
 
     @cached_property
     def _behaviour(self) -> Any:

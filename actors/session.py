@@ -6,7 +6,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 import actors
 import ocrm_ray
 from actors.shared_memory import shared_folder
-from ocrm_ray.errors import Problem, UserError
+from ocrm_ray.errors import UserError, mistake
 
 LOOPBACK = "127.0.0.1"
 LOCAL_FOLDER = Path(f"/tmp/ray-{os.getuid()}")
@@ -28,15 +27,6 @@ CONNECT_S = 10.0
 """For the cluster at RAY_ADDRESS to accept a connection."""
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A running Ray: its address, where its logs are, and the run's folder in this node's shared memory."""
-
-    address: str
-    logs: Path
-    shared_memory: Path
-
-
 def log_folder() -> str:
     """Where the processes of the last run logged, for people to read."""
     folder = Path("session_latest") / "logs"
@@ -44,35 +34,33 @@ def log_folder() -> str:
 
 
 @contextmanager
-def ray_session(run: str, *, log_to_driver: bool = False) -> Iterator[Session]:
+def ray_session(run: str) -> Iterator[Path]:
     """Start Ray, or connect to RAY_ADDRESS; on leaving, whatever the reason, shut down and remove shared memory.
 
-    ``log_to_driver`` shows what actors print. SIGTERM becomes KeyboardInterrupt, as Ctrl-C is. Raises UserError if
-    no cluster is at RAY_ADDRESS, or it refuses. For the main thread.
+    Yields the run's folder in this node's shared memory. SIGTERM becomes KeyboardInterrupt, as Ctrl-C is. Raises
+    UserError if no cluster is at RAY_ADDRESS, or it refuses. For the main thread.
     """
     address = os.environ.get("RAY_ADDRESS")
     on_sigterm, on_sigint = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     options = _cluster_options(address) if address else _local_options()
     with shared_folder(run) as folder:
         try:
-            info = _initialise(namespace=f"ocrm-{run}", log_to_driver=log_to_driver, **options)
+            _initialise(namespace=f"ocrm-{run}", log_to_driver=False, **options)
             # Ray's own handler, set by init, exits from inside the event loop and then aborts now and again
             signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
-            if (
-                on_sigint is signal.SIG_IGN
-            ):  # as a shell leaves it to a job in the background: SIGTERM must still end it
+            if on_sigint is signal.SIG_IGN:  # as in a shell's job in the background: SIGTERM must still end it
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-            yield Session(address=info["address"], logs=Path(info["session_dir"]) / "logs", shared_memory=folder)
+            yield folder
         finally:
             ray.shutdown()
             signal.signal(signal.SIGTERM, on_sigterm)
             signal.signal(signal.SIGINT, on_sigint)
 
 
-def _initialise(**options: Any) -> dict[str, Any]:
-    """Where Ray is; its own log lines below errors are not shown."""
+def _initialise(**options: Any) -> None:
+    """Ray's own log lines below errors are not shown."""
     try:
-        return dict(ray.init(logging_level=logging.ERROR, **options).address_info)
+        ray.init(logging_level=logging.ERROR, **options)
     except ConnectionError as error:
         do = "set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
         raise _address_error("a refusal", "a cluster that lets this program in", do) from error
@@ -91,7 +79,7 @@ def _require_listener(address: str) -> None:
 
 
 def _address_error(got: str, need: str, do: str) -> UserError:
-    return UserError([Problem("RAY_ADDRESS", f"{os.environ['RAY_ADDRESS']!r} ({got})", need, do)])
+    return mistake("RAY_ADDRESS", f"{os.environ['RAY_ADDRESS']!r} ({got})", need, do)
 
 
 def _package_folders() -> list[Path]:
@@ -106,8 +94,7 @@ def _stay_on_loopback() -> None:
 def _local_options() -> dict[str, Any]:
     _stay_on_loopback()  # else its ports listen on every interface
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    inherited = os.environ.get("PYTHONPATH")
-    search_path = [str(folder.parent) for folder in _package_folders()] + ([inherited] if inherited else [])
+    search_path = dict.fromkeys([*(str(folder.parent) for folder in _package_folders()), os.environ.get("PYTHONPATH")])
     return {
         "address": "local",
         "include_dashboard": False,
@@ -115,7 +102,7 @@ def _local_options() -> dict[str, Any]:
         "object_store_memory": OBJECT_STORE_BYTES,
         "_temp_dir": str(LOCAL_FOLDER),
         # a variable rather than sys.path: the processes that vLLM spawns import from it too
-        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(search_path))}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, search_path))}},
     }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.training_engine import EngineSettings, TrainingEngine, start_process
-from ocrm_ray.batches import SequenceTable, length_chunks
+from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
 from ocrm_ray.conversations import encode_response
 from ocrm_ray.networks import load_causal_lm, load_tokenizer, response_logprobs
@@ -75,12 +75,12 @@ class SftActor:
         ]
         if not sequences:
             raise ValueError(f"{self._prompts_path}: no prompt has a reference response to fine-tune on")
-        return SequenceTable(sequences, self._tokenizer.pad_token_id)
+        return SequenceTable(sequences, self._tokenizer.pad_token_id, self._config.share_prompts)
 
     def _accumulate(self, table: SequenceTable, rows: IntArray) -> float:
         """Accumulate the gradient of one optimiser batch; returns its mean loss a token."""
         sft, num_tokens = self._config.sft, int(table.response_lengths[rows].sum())
-        chunks = length_chunks(table.lengths[rows], sft.micro_batch_size, sft.micro_batch_tokens)
+        chunks = table.chunks(np.asarray(rows), sft.micro_batch_size, sft.micro_batch_tokens)
         total = 0.0
         for number, chunk in enumerate(chunks, start=1):
             batch = table.batch(np.asarray(rows)[chunk]).to(self._engine.device)

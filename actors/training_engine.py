@@ -9,7 +9,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,42 +131,30 @@ class TrainingEngine:
         """Forget the optimiser's moments, as if the engine had just been made of the present weights."""
         self._engine.basic_optimizer.state.clear()
 
-    def weights(self) -> dict[str, Tensor]:
-        """The network's full weights on the CPU, under its own names, tied ones each with a tensor of its own."""
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[dict[str, Tensor]]:
+        """The network's full weights where they lie, under its own names, tied ones under each: valid inside."""
         if self._settings.zero_stage < 3:
-            return own_tensors(self.network.state_dict())
+            yield self.network.state_dict()
+            return
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(self._module.parameters())):
-            return own_tensors(self.network.state_dict())
+            yield self.network.state_dict()
 
     def save(self, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Write the network, with its present weights or with ``state``, as a Hugging Face folder."""
-        if state is None and self._settings.zero_stage == 3:  # the module itself is without its weights
-            state = self.weights()
-        save_model(self._module, tokenizer, folder, state_dict=state)
+        if state is not None:
+            save_model(self._module, tokenizer, folder, state_dict=state)
+            return
+        with self.weights() as present:  # at ZeRO 3 the module itself is without them
+            save_model(self._module, tokenizer, folder, state_dict=present)
 
     def close(self) -> None:
         """Free what DeepSpeed holds for this engine; the process group stays."""
         self._engine.destroy()
         del self._engine, self._module
         gc.collect()
-
-
-def own_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Detached CPU tensors, each owning its memory, so that tied weights are written out under every name."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-
-
-def write_weights(weights: dict[str, Tensor], path: Path) -> int:
-    """Write one safetensors file, complete or not at all; returns its size in bytes."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(weights, partial)
-    partial.replace(path)
-    return path.stat().st_size
 
 
 def _initialise(module: nn.Module, settings: EngineSettings) -> Any:

@@ -5,11 +5,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
+from torch import Tensor
+
+from actors.shadow_model import ShadowModel, can_be_shadowed
+from actors.weight_transport import WeightReader
+from ocrm_ray.records import PolicyWeights
 
 SHARED_MEMORY = Path("/dev/shm")
 OWNER_POLL_S = 1.0
@@ -17,23 +23,56 @@ OWNER_POLL_S = 1.0
 
 
 class WeightReceiver:
-    """Worker extension: vLLM mixes it into its worker class, ``collective_rpc`` calls its public methods."""
+    """Worker extension: vLLM mixes it into its worker class, ``collective_rpc`` calls its public methods.
+
+    New weights come in two calls, so that generation stands still for the second one alone.
+    """
 
     model_runner: Any
 
-    def receive_weights(self, path: str) -> None:
-        """Replace every weight by those of the safetensors file ``path`` (Hugging Face names).
-
-        A tied head must be in the file under its own name: vLLM's CPU build keeps a repacked copy of it, which
-        ``reload_weights`` renews only then. Raises ValueError where it is missing.
-        """
-        from safetensors import safe_open
-
+    def start_receiving(self) -> None:
+        """Once, before any weights: on CPU, where the model allows it, build the second model to load them into."""
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(_concerns_weights)
-        with safe_open(path, framework="pt") as weights:
-            names = list(weights.keys())
-            self._refuse_missing_head(path, names)
-            self.model_runner.reload_weights(weights_iterator=((name, weights.get_tensor(name)) for name in names))
+        model = self.model_runner.get_model()
+        on_cpu = self.model_runner.device.type == "cpu"
+        self._shadow = ShadowModel(self.model_runner.vllm_config, model) if on_cpu and can_be_shadowed(model) else None
+        self._reader = WeightReader()
+        self._background = ThreadPoolExecutor(max_workers=1)
+
+    def prepare_weights(self, version: int, path: str, checksum: int | None) -> None:
+        """Begin to do, beside the engine's steps, all that can be done before the weights are live."""
+        self._weights = PolicyWeights(version, Path(path), 0, checksum)
+        self._prepared = self._background.submit(self._prepare)
+
+    def weights_prepared(self) -> tuple[float, float] | None:
+        """Seconds of (looking at, repacking) the weights, or None before that is done; raises what went wrong.
+
+        A tied head must be among them under its own name: vLLM's CPU build keeps a repacked copy of it, which a
+        reload renews only then. ValueError where it is missing.
+        """
+        return self._prepared.result() if self._prepared.done() else None
+
+    def take_weights(self) -> float:
+        """Put the prepared weights live; seconds of repacking that had to wait until now."""
+        if self._shadow is not None:
+            self._shadow.hand_over()
+            return 0.0
+        started = time.monotonic()
+        with self._reader.read(self._weights) as tensors:
+            self.model_runner.reload_weights(weights_iterator=iter(tensors.items()))
+        return time.monotonic() - started
+
+    def _prepare(self) -> tuple[float, float]:
+        started = time.monotonic()
+        with self._reader.read(self._weights) as tensors:
+            self._refuse_missing_head(tensors)
+            checked = time.monotonic()
+            self._load(tensors)
+        return checked - started, time.monotonic() - checked
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        if self._shadow is not None:
+            self._shadow.load(tensors.items())
 
     def watch_owner(self, owner_pid: int) -> int:
         """From now on end this worker and its engine as soon as the process ``owner_pid`` is gone; the engine's pid.
@@ -48,11 +87,11 @@ class WeightReceiver:
         threading.Thread(target=_end_without_owner, args=(engine, owner_pid), daemon=True).start()
         return engine.pid
 
-    def _refuse_missing_head(self, path: str, names: list[str]) -> None:
+    def _refuse_missing_head(self, names: Iterable[str]) -> None:
         model = self.model_runner.get_model()
         tied = getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head")
         if tied and not any(name.endswith("lm_head.weight") for name in names):
-            raise ValueError(f"{path}: got no lm_head.weight, need the tied head under its own name: export it as well")
+            raise ValueError("got no lm_head.weight, need the tied head under its own name: export it as well")
 
 
 def _concerns_weights(record: logging.LogRecord) -> bool:

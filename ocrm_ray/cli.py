@@ -1,4 +1,6 @@
-"""The program ``ocrm-ray``: ``check``, ``run``, ``study``, ``report``. Light to import; commands import what they need.
+"""The program ``ocrm-ray``: ``check``, ``rehearse``, ``run``, ``study``, ``report``.
+
+Light to import; commands import what they need.
 
 Exit status: 0 done; 1 a failure of the run; 2 the user's mistake, one line a problem on stderr, nothing written;
 130 interrupted.
@@ -43,10 +45,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"ocrm-ray {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     check = commands.add_parser("check", help="resolve and validate a configuration and predict a step; touch nothing")
+    rehearse = commands.add_parser(
+        "rehearse", help="run the coordinator over actors that only take time: its step against the slowest pool alone"
+    )
     run = commands.add_parser("run", help="run everything: SFT, pairs, reward model, RL with corrections, report")
     study = commands.add_parser("study", help="run arms x seeds over shared stages; finished runs are skipped")
     report = commands.add_parser("report", help="rebuild report.html and plots/ from the files of a run folder")
-    for command, function in ((check, _check), (run, _run), (study, _study)):
+    for command, function in ((check, _check), (rehearse, _rehearse), (run, _run), (study, _study)):
         command.set_defaults(command=function)
         command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         command.add_argument(
@@ -92,6 +97,20 @@ def _run(arguments: argparse.Namespace) -> int:
     return _guarded(lambda: run(anchored(config, Path.cwd()), arguments.resume), config.run_dir, again)
 
 
+def _rehearse(arguments: argparse.Namespace) -> int:
+    from ocrm_ray.checks import contradictions
+    from ocrm_ray.config_file import load_run_config
+    from ocrm_ray.rehearsal import prepared
+
+    config = load_run_config(arguments.config, arguments.overrides)
+    if problems := contradictions(config):
+        raise UserError(problems)
+    config = prepared(config)
+    from actors.rehearsal import rehearse
+
+    return _guarded(lambda: rehearse(config), None, ["rehearse", str(arguments.config), *arguments.overrides])
+
+
 def _study(arguments: argparse.Namespace) -> int:
     from ocrm_ray.config_file import load_study_config
 
@@ -132,9 +151,12 @@ def _refuse(config: "RunConfig | StudyConfig", more: Sequence[Problem] = ()) -> 
         raise UserError(list(dict.fromkeys(problems)))
 
 
-def _guarded(launch: Callable[[], str], folder: Path, again: Sequence[str]) -> int:
-    """Launch and print its closing words; a failure is told as its cause, where the logs are, how to resume."""
-    resume = f"resume: {shlex.join(['ocrm-ray', *again])}"
+def _guarded(launch: Callable[[], str], folder: Path | None, again: Sequence[str]) -> int:
+    """Launch and print its closing words; a failure is told as its cause, where the logs are, how to resume.
+
+    Without a run ``folder`` there is nothing to resume.
+    """
+    resume = f"{'resume' if folder else 'again'}: {shlex.join(['ocrm-ray', *again])}"
     try:
         sys.stdout.write(f"{launch()}\n")
     except UserError:
@@ -148,8 +170,7 @@ def _guarded(launch: Callable[[], str], folder: Path, again: Sequence[str]) -> i
 
         _say(
             f"error: {error}" if is_known else f"error: {type(error).__name__}: {error}",
-            f"run folder: {folder}",
-            f"events: {folder / 'events.jsonl'}",
+            *([f"run folder: {folder}", f"events: {folder / 'events.jsonl'}"] if folder else []),
             f"logs of the processes: {log_folder()}",
             resume,
             *([] if is_known else ["", traceback.format_exc().rstrip()]),

@@ -98,11 +98,16 @@ class Duration(Section):
     """Share of the messages that take ``tail_factor`` times as long."""
     tail_factor: Annotated[float, Field(ge=1)] = 1.0
 
+    def mean_s(self, items: float) -> float:
+        """Expected seconds of a message of ``items`` prompts."""
+        return (self.call_s + self.item_s * items) * (1 + self.tail_share * (self.tail_factor - 1))
+
 
 class Rehearsal(Section):
     """What engines are replaced by in ``rehearse``: time. ``check`` predicts from it too."""
 
     num_updates: PositiveInt = 30
+    """Updates that are measured; those that fill the pipeline and drain it come on top."""
     generate: Duration
     """A prompt in a slot of an engine."""
     engine_slots: PositiveInt = 8
@@ -118,8 +123,13 @@ class Rehearsal(Section):
     publish_gib_per_s: PositiveFloat = 1.0
     """Their way from the trainer into an engine."""
     pause_s: NonNegativeFloat = 0.0
-    """Seconds that an engine stands still for new weights."""
+    """Seconds of a publish in which an engine stands still."""
     ratio_s: NonNegativeFloat = 0.0
     """One correction's importance ratios."""
     refit_s: NonNegativeFloat = 0.0
     """One correction's refit."""
+
+    @property
+    def publish_s(self) -> float:
+        """Seconds until an engine has new weights."""
+        return max(self.weights_gib / self.publish_gib_per_s, self.pause_s)

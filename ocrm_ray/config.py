@@ -324,6 +324,9 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     world: PraiseWorld | None = None
     """The embedded world, in place of ``data.prompts``, models and gold."""
+    share_prompts: bool = True
+    """Responses to one prompt go through a network in one row, behind a single copy of it: the same numbers in less
+    time. False for architectures whose attention takes no mask of its own."""
     trust_remote_code: bool = False
     """Let model and data repositories run their own code on this machine."""
     data: Data = Data()

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 
 from ocrm_ray.config import RunConfig, Section, StudyConfig
 from ocrm_ray.config_problems import shown, validation_problems
-from ocrm_ray.errors import Problem, UserError
+from ocrm_ray.errors import Problem, UserError, mistake
 
 Tree: TypeAlias = dict[str, Any]
 Config = TypeVar("Config", bound=Section)
@@ -55,16 +56,16 @@ def load_any(path: Path, overrides: Sequence[str]) -> RunConfig | StudyConfig:
 def load_run_config(path: Path, overrides: Sequence[str], *, cwd: Path | None = None) -> RunConfig:
     """One run's configuration; with ``cwd`` as ``anchored`` there. Raises UserError with everything that is wrong."""
     config = load_any(path, overrides)
-    if not isinstance(config, RunConfig):
-        raise UserError([Problem(str(path), "a study (it has the key arms)", "one run", "use ocrm-ray study")])
+    if isinstance(config, StudyConfig):
+        raise mistake(str(path), "a study (it has the key arms)", "one run", "use ocrm-ray study")
     return config if cwd is None else anchored(config, cwd)
 
 
 def load_study_config(path: Path, overrides: Sequence[str]) -> StudyConfig:
     """A study's configuration; each arm is validated too. Raises UserError with everything that is wrong."""
     study = load_any(path, overrides)
-    if not isinstance(study, StudyConfig):
-        raise UserError([Problem(str(path), "a run (no key arms)", "a study", "use ocrm-ray run, or add arms")])
+    if isinstance(study, RunConfig):
+        raise mistake(str(path), "a run (no key arms)", "a study", "use ocrm-ray run, or add arms")
     return study
 
 
@@ -129,29 +130,27 @@ def dump_yaml(config: Section) -> str:
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Tree, list[Problem]]:
     """The file's tree with the overrides merged in, and the mistakes found so far. UserError where there is no tree."""
     problems: list[Problem] = []
-    tree: Any = None
-    try:
-        tree = _parsed(path.read_bytes())
-        if not isinstance(tree, dict):
-            problems.append(Problem(str(path), shown(tree), "a YAML mapping", "write key: value lines"))
-    except OSError as error:
-        problems.append(Problem(str(path), (error.strerror or str(error)).lower(), "a YAML file", "check the path"))
-    except yaml.YAMLError as error:
-        problems.append(Problem(str(path), f"invalid YAML ({_reason(error)})", "a YAML mapping", "correct it"))
+    changes: list[Tree] = []
     for text in overrides:
         key, _, value = text.partition("=")
-        if not all(key.split(".")) or "=" not in text:
-            problems.append(Problem(text, "no override", "key=value, such as policy.gamma=0.5", "write both"))
-            continue
         try:
-            change = _nested({key: _parsed(value)})
+            if all(key.split(".")) and "=" in text:
+                changes.append(_nested({key: _parsed(value)}))
+            else:
+                problems.append(Problem(text, "no override", "key=value, such as policy.gamma=0.5", "write both"))
         except yaml.YAMLError as error:
             problems.append(Problem(key, f"invalid YAML ({_reason(error)})", "a YAML value", "put it in quotes"))
-        else:
-            tree = _merged(tree, change) if isinstance(tree, dict) else tree
-    if not isinstance(tree, dict):
-        raise UserError(problems)
-    return tree, problems
+    need, do = "a YAML mapping", "write key: value lines"
+    try:
+        tree = _parsed(path.read_bytes())
+        got = "" if isinstance(tree, dict) else shown(tree)
+    except OSError as error:
+        got, need, do = (error.strerror or str(error)).lower(), "a YAML file", "check the path"
+    except yaml.YAMLError as error:
+        got, do = f"invalid YAML ({_reason(error)})", "correct it"
+    if got:
+        raise UserError([Problem(str(path), got, need, do), *problems])
+    return reduce(_merged, changes, tree), problems
 
 
 def _parsed(text: str | bytes) -> Any:
@@ -182,11 +181,9 @@ def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
     """``tree`` with ``changes`` laid over it."""
     result = dict(tree)
     for key, change in changes.items():
-        present = result.get(key)
-        if isinstance(present, dict) and isinstance(change, dict) and change.get("kind") in (None, present.get("kind")):
-            result[key] = _merged(present, change)
-        else:
-            result[key] = change
+        old: Any = result.get(key)
+        is_inner = isinstance(old, dict) and isinstance(change, dict) and change.get("kind") in (None, old.get("kind"))
+        result[key] = _merged(old, change) if is_inner else change
     return result
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from ocrm_ray.errors import Problem, UserError
+from ocrm_ray.errors import mistake
 from ocrm_ray.records import Sequence as TokenSequence
 
 Message: TypeAlias = dict[str, str]
@@ -18,15 +18,8 @@ TemplateMode: TypeAlias = Literal["auto", "always", "never"]
 TURN_TO_ANSWER = "\n\nAssistant:"
 """How a transcript prompt ends."""
 
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 _HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System"}
+_ROLES = {role: role for role in _HEADINGS} | {"human": "user", "prompter": "user", "gpt": "assistant"}
 _TURN = re.compile(r"\n\n(Human|Assistant|System):")
 
 
@@ -82,14 +75,14 @@ def uses_template(tokenizer: Any, mode: TemplateMode) -> bool:
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if mode == "always" and not has_template:
         got = "'always' and a tokenizer without a chat template"
-        raise UserError(
-            [Problem("data.chat_template", got, "a tokenizer with one", "use an instruct model or 'never'")]
-        )
+        raise mistake("data.chat_template", got, "a tokenizer with one", "use an instruct model or 'never'")
     return has_template and mode != "never"
 
 
 def encode_prompt(tokenizer: Any, prompt: PromptContent, mode: TemplateMode) -> tuple[int, ...]:
-    """Token ids of a prompt, special tokens and the opening of the answer included."""
+    """Token ids of a prompt, special tokens and the opening of the answer included; none of a blank prompt."""
+    if not prompt_text(prompt).strip():
+        return ()
     if uses_template(tokenizer, mode):
         messages = prompt if isinstance(prompt, list) else parse_transcript(prompt)
         messages = messages or [{"role": "user", "content": str(prompt)}]
@@ -117,9 +110,7 @@ def encode_response(
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
         got = "a tokenizer without an EOS token"
-        raise UserError(
-            [Problem("sft", got, "a model whose tokenizer has one", "set eos_token in its tokenizer_config.json")]
-        )
+        raise mistake("sft", got, "a model whose tokenizer has one", "set eos_token in its tokenizer_config.json")
     response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], eos_id]
     response_ids = response_ids[: response_ids.index(eos_id) + 1][:max_response_tokens]
     return TokenSequence(prompt_ids, tuple(response_ids), response_ids[-1] == eos_id)

@@ -3,7 +3,7 @@
     repeat for t = 1 .. num_updates:
         take a batch of scored rollouts, at most S versions old
         policy update                                   pi_v -> pi_v+1
-        publish pi_v+1 to the engines                   running requests go on
+        publish pi_v+1 to the engines                   beside the next update; running requests go on
         promote a finished correction, if there is one  RM, calibration, anchor and critic together
         start a correction if t is a multiple of k      ratios -> weights -> refit -> staged, beside all this
 
@@ -16,19 +16,19 @@ import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ocrm_ray.algorithm.schedule import CorrectionClock, CorrectionSchedule
+from ocrm_ray.algorithm.schedule import CorrectionClock
 from ocrm_ray.config import RunConfig
 from ocrm_ray.correction import Candidate, CorrectionPools, Corrector, PairData
 from ocrm_ray.heldout import HeldoutPolicy
 from ocrm_ray.metered import MeteredPools
 from ocrm_ray.metrics import RunLog
 from ocrm_ray.pools import Pools
-from ocrm_ray.records import PolicyWeights, Prompt, Rollout, Sequence, UpdateReport
+from ocrm_ray.records import PolicyWeights, Prompt, Rollout, Sample, Sequence, UpdateReport
 from ocrm_ray.rollout_buffer import RolloutBuffer
 from ocrm_ray.rollout_pump import RolloutPump
 from ocrm_ray.rollout_scoring import RolloutScorer
 from ocrm_ray.step_metrics import Increments, StepClock, step_record
-from ocrm_ray.weight_publisher import WeightPublisher
+from ocrm_ray.weight_publisher import Exported, WeightPublisher
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,8 @@ class Coordinator:
         self.data = data
         self.log = log
         self.pools = MeteredPools(pools, clock)
-        self.correction_clock = CorrectionClock(
-            CorrectionSchedule(self.settings.every, self.settings.promote_after, self.settings.max_lag)
-        )
+        rule = self.settings.every, self.settings.promote_after, self.settings.max_lag
+        self.correction_clock = CorrectionClock(*rule)
         self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, reward_version=0, anchor_version=0)
         self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts)
         self.corrector = Corrector(
@@ -63,6 +62,7 @@ class Coordinator:
             data.pairs,
             log.event,
         )
+        self.publishing: asyncio.Task[None] | None = None
         self.publisher = WeightPublisher(self.pools.generation, self.pools.policy, config.probe, log.event)
         self.heldout = HeldoutPolicy(config, self.pools, data.heldout, log, self.publisher.release)
         self.correction: asyncio.Task[Candidate] | None = None
@@ -89,7 +89,7 @@ class Coordinator:
         for step in range(1, self.config.policy.num_updates + 1):
             batch = await self._take(version=step - 1)
             update = await self._update(batch)
-            await self._publish(update.version)
+            await self._publish(tasks, update.version)
             await self._promote(step)
             await self._correct(tasks, step)
             self._evaluate(tasks, step)
@@ -113,13 +113,21 @@ class Coordinator:
         with self.step_clock.timed("train"):
             return await self.pools.policy.update(batch)
 
-    async def _publish(self, version: int) -> None:
-        """Engines take pi_v+1 between tokens; a held-out evaluation of pi_v is sampled to its end first."""
-        await self.heldout.sampled()
-        with self.step_clock.timed("publish"):
-            published = await self.publisher.publish()
-            assert published.version == version
-            await self.buffer.publish(version)
+    async def _publish(self, tasks: asyncio.TaskGroup, version: int) -> None:
+        """Copy pi_v+1 out; engines take it beside the next update, once they have the version before."""
+        with self.step_clock.timed("publish_wait_s"):
+            exported = await self.publisher.export()
+            assert exported.weights.version == version
+            if self.publishing is not None:
+                await asyncio.wait([self.publishing])
+        self.publishing = tasks.create_task(self._put_live(exported, self.heldout.sampling))
+
+    async def _put_live(self, exported: Exported, sampling: "asyncio.Task[list[tuple[Sample, ...]]] | None") -> None:
+        """Between tokens of running requests; a held-out evaluation of an earlier version is sampled to its end."""
+        if sampling is not None:
+            await asyncio.wait([sampling])
+        await self.publisher.put_live(exported)
+        await self.buffer.publish(exported.weights.version)
 
     async def _promote(self, step: int) -> None:
         """Between two updates: a prepared correction goes live; wait for it only where the configuration says so."""
@@ -134,6 +142,8 @@ class Coordinator:
             await self.corrector.commit(candidate, step, lag_steps)
             await self.publisher.release(candidate.snapshot_version)
             self.correction = None
+        elif self.correction_clock.may_promote(step + 1):
+            self.corrector.near()
 
     async def _correct(self, tasks: asyncio.TaskGroup, step: int) -> None:
         """Start a correction for pi_step if one is due and none is in flight; ``blocking`` also ends it here."""
@@ -143,6 +153,8 @@ class Coordinator:
         self.correction_clock.start(step)
         snapshot: PolicyWeights = self.publisher.hold()
         self.correction = tasks.create_task(self.corrector.prepare(snapshot))
+        if self.correction_clock.may_promote(step + 1):
+            self.corrector.near()
         if self.settings.schedule == "blocking":
             self.pump.pause()
             with self.step_clock.timed("correction_wait_s"):
@@ -154,7 +166,7 @@ class Coordinator:
         """Sample and measure pi_step on held-out prompts, if that is due; its line in the metrics waits for it."""
         if self.heldout.is_due(step):
             self.log.hold(step)
-            self.heldout.begin(tasks, step, self.publisher.hold() if step > 0 else None)
+            self.heldout.begin(tasks, step, self.publisher.hold() if step > 0 else None, self.publishing)
 
     def _record(self, batch: list[Rollout], update: UpdateReport) -> None:
         counts = self.increments.of(

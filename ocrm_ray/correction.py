@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -67,6 +67,11 @@ class Corrector:
         self._buffer = buffer
         self._pairs = pairs
         self._emit = emit
+        self._is_near = asyncio.Event()
+
+    def near(self) -> None:
+        """The next boundary of updates may promote: the candidate may score the queue."""
+        self._is_near.set()
 
     async def prepare(self, snapshot: PolicyWeights) -> Candidate:
         """Refit for the policy ``snapshot`` and stage the result in every pool; nothing live changes."""
@@ -96,6 +101,7 @@ class Corrector:
             self._pools.policy.commit(promotion_id, versions.reward_version, versions.anchor_version),
         )
         self._scorer.commit()
+        self._is_near.clear()
         self._emit(
             "promoted",
             promotion_id=promotion_id,
@@ -123,8 +129,8 @@ class Corrector:
         policy_logprobs = await self._pools.scoring.pair_logprobs(snapshot, indices)
         weights = self.strategy.weights(policy_logprobs, self._pairs.behaviour_logprobs[indices])
         statistics = weight_statistics(weights)
-        self._emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **asdict(statistics))
-        return weights.weights.float().numpy(), statistics.ess_fraction
+        self._emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **statistics)
+        return weights.weights.float().numpy(), statistics["ess_fraction"]
 
     async def _refit(
         self, promotion_id: str, indices: IntArray, weights: FloatArray | None, snapshot_version: int
@@ -163,5 +169,6 @@ class Corrector:
         if refit is not None:
             calibration = await self._pools.reward.stage(promotion_id, refit)
             self._emit("calibrated", reward_version=refit.reward_version, mean=calibration.mean, std=calibration.std)
+        await self._is_near.wait()  # sooner, every rollout would be scored twice for nothing
         await self._scorer.stage(versions, self._buffer.ready())
         return versions

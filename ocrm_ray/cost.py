@@ -1,4 +1,5 @@
-"""How long a step will take: measured in an earlier run of the same folder, else from arithmetic at an assumed speed.
+"""How long a step will take: the slowest stage, from the section ``rehearsal``, else as measured in an earlier run of
+the same folder, else from arithmetic at an assumed speed.
 
 From arithmetic: a forward pass over n tokens of a network of P parameters costs 2 P n operations, training on them
 three times that. Every prompt and response is taken at its longest. A pool runs at ``UTILISATION`` of what its
@@ -45,6 +46,38 @@ class StepCost:
     refit_s: float | None
 
 
+def step_cost(config: RunConfig, sizes: NetworkSizes | None) -> StepCost | None:
+    """The best prediction there is; None without all of durations, an earlier run and network sizes."""
+    return rehearsed_cost(config) or measured_cost(config) or (predicted_cost(config, sizes) if sizes else None)
+
+
+def rehearsed_cost(config: RunConfig) -> StepCost | None:
+    """Expected seconds of the section ``rehearsal``, each stage spread over its workers; None without that section."""
+    rehearsal, pools, num_prompts = config.rehearsal, config.pools, config.rollout.prompts_per_step
+    if rehearsal is None:
+        return None
+    correction, slots = config.correction, pools.generation.num_actors * rehearsal.engine_slots
+    # at each promotion the candidate, and half a score if the anchor moves, scores the queue at its longest
+    queue = 0.0 if correction.strategy == "none" else (config.rollout.max_staleness + 1) / correction.every
+    anchor_queue = queue / 2 if correction.kl_reference == "moving" else 0.0
+    stages = {
+        "generate": num_prompts * rehearsal.generate.mean_s(1) / slots + rehearsal.pause_s,
+        "score": rehearsal.score.mean_s(num_prompts * (1 + anchor_queue) / pools.scoring.num_actors),
+        "reward": rehearsal.reward.mean_s(num_prompts * (1 + queue) / pools.reward.num_actors),
+        "train": rehearsal.train.mean_s(num_prompts),
+        "publish": rehearsal.publish_s,
+    }
+    ratio_s = rehearsal.ratio_s if correction.strategy == "ocrm" else 0.0
+    return StepCost("from rehearsal", stages, _step_s(config, stages), ratio_s, rehearsal.refit_s)
+
+
+def _step_s(config: RunConfig, stages: Mapping[str, float]) -> float:
+    """Stages overlap unless rollouts must be fresh; scores and rewards always do."""
+    if config.rollout.max_staleness > 0:
+        return max(stages.values())
+    return sum(stages.values()) - min(stages["score"], stages.get("reward", 0.0))
+
+
 def measured_cost(config: RunConfig) -> StepCost | None:
     """Means over the training steps and corrections in the run folder; None before there are any."""
     if not (config.run_dir / "metrics.jsonl").is_file():
@@ -69,7 +102,7 @@ def measured_cost(config: RunConfig) -> StepCost | None:
 def predicted_cost(config: RunConfig, sizes: NetworkSizes) -> StepCost:
     """From operation counts; the module's text has the assumptions."""
     pools, policy, rollout = config.pools, config.policy, config.rollout
-    length = rollout.max_new_tokens + (config.data.max_prompt_tokens if config.world is None else praise.PROMPT_WORDS)
+    length = rollout.max_new_tokens + prompt_tokens(config)
     num_samples = rollout.prompts_per_step * rollout.samples_per_prompt
     forward = 2.0 * sizes.policy * num_samples * length
     reward_forward = 2.0 * sizes.reward * num_samples * length
@@ -91,12 +124,14 @@ def predicted_cost(config: RunConfig, sizes: NetworkSizes) -> StepCost:
         "train": seconds["policy"],
         "publish": REQUEST_S + DTYPE_BYTES[pools.generation.dtype] * sizes.policy / PUBLISH_BYTES_PER_S,
     }
-    if rollout.max_staleness == 0:
-        step_s = sum(stages.values())
-    else:
-        step_s = max(stages["generate"], stages["score"], stages["train"] + stages["publish"], _cores_s(config, work))
+    step_s = max(_step_s(config, stages), _cores_s(config, work))
     ratio_s, refit_s = _correction_s(config, sizes, length)
     return StepCost(_ASSUMED, stages, step_s, ratio_s, refit_s)
+
+
+def prompt_tokens(config: RunConfig) -> int:
+    """Of the longest prompt."""
+    return config.data.max_prompt_tokens if config.world is None else praise.PROMPT_WORDS
 
 
 def _speed(pool: Pool) -> float:
@@ -131,34 +166,37 @@ def _correction_s(config: RunConfig, sizes: NetworkSizes, length: int) -> tuple[
 
 def cost_lines(config: RunConfig, cost: StepCost) -> list[str]:
     """The prediction in words: its source, the stages, and whether corrections keep up with the steps."""
-    stages = ", ".join(f"{stage} {_seconds(seconds)}" for stage, seconds in cost.stage_s.items())
+    stages = ", ".join(f"{stage} {seconds_text(seconds)}" for stage, seconds in cost.stage_s.items())
     total = config.policy.num_updates * cost.step_s
     return [
-        f"predicted step: {_seconds(cost.step_s)} ({stages}), {cost.source}",
+        f"predicted step: {seconds_text(cost.step_s)} ({stages}), {cost.source}",
         f"predicted run: {config.policy.num_updates} updates, {duration_text(total)} without evaluations",
-        "corrections: " + _correction_line(config, cost),
+        "corrections: " + correction_line(config, cost),
     ]
 
 
-def _correction_line(config: RunConfig, cost: StepCost) -> str:
+def correction_line(config: RunConfig, cost: StepCost) -> str:
+    """Whether a correction's work, done by one refitter, fits into the steps that it has."""
     correction = config.correction
     if correction.strategy == "none":
         return "none, the reward model stays as it is"
     if cost.ratio_s is None or cost.refit_s is None:
         return "not predicted, the number of pairs is not known (set correction.num_pairs)"
     needed = cost.ratio_s + cost.refit_s
-    parts = f"ratios {_seconds(cost.ratio_s)} + refit {_seconds(cost.refit_s)}"
+    parts = f"ratios {seconds_text(cost.ratio_s)} + refit {seconds_text(cost.refit_s)}"
     if correction.schedule == "blocking":
         return f"{parts}, for which the run stops every {correction.every} updates (schedule blocking)"
     bounds = {"promote_after": correction.promote_after, "max_lag": correction.max_lag, "every": correction.every}
     bound, key = min((bound, key) for key, bound in bounds.items() if bound is not None)
-    window = f"{bound} steps of {_seconds(cost.step_s)} = {_seconds(bound * cost.step_s)}"
+    window = f"{bound} steps of {seconds_text(cost.step_s)} = {seconds_text(bound * cost.step_s)}"
+    parts = f"({parts}) / 1 refitter"
     if needed <= bound * cost.step_s:
         return f"{parts} <= {window}: they keep up and nothing waits"
-    waits = f"training waits {_seconds(needed - bound * cost.step_s)} for each"
+    waits = f"training waits {seconds_text(needed - bound * cost.step_s)} for each"
     result = "they fall behind" if key == "every" else waits
     return f"{parts} > {window}: {result}; set correction.{key} to {math.ceil(needed / cost.step_s)}, or {_REMEDY}"
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
+    """``1.23 s``, ``12 s``."""
     return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -1,12 +1,4 @@
-"""The errors of ocrm-ray.
-
-OcrmError
-├── UserError              the user's mistake: every problem at once, exit status 2
-└── RunError               a failure of the run, exit status 1
-    ├── StaleWeightsError  sampler and trainer disagree although the same version was published
-    ├── DeadlineError      a wait passed its deadline
-    └── ActorDiedError     a process of a pool ended
-"""
+"""The errors of ocrm-ray: the user's mistakes (exit status 2) and failures of a run (exit status 1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +32,11 @@ class UserError(OcrmError):
     def __reduce__(self) -> tuple[type["UserError"], tuple[tuple[Problem, ...]]]:
         """Pickled by its problems: an exception is otherwise built again from its message."""
         return type(self), (self.problems,)
+
+
+def mistake(path: str, got: str, need: str, do: str) -> UserError:
+    """A single mistake as an error."""
+    return UserError([Problem(path, got, need, do)])
 
 
 class RunError(OcrmError):

@@ -1,6 +1,7 @@
 """Measuring held-out samples: gold, win rate against the SFT model, the reward model's on-policy accuracy, KL."""
 
 from collections.abc import Sequence as Seq
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -44,14 +45,15 @@ class HeldoutEvaluator:
         """
         assert len(self._prompts) == len(samples) == len(proxy) == len(sft_logprobs)
         first = [prompt_samples[0] for prompt_samples in samples]
-        responses = [[self._decode(sample) for sample in prompt_samples] for prompt_samples in samples]
+        ids = [[list(sample.sequence.response_ids) for sample in prompt_samples] for prompt_samples in samples]
+        texts = [self._tokenizer.batch_decode(each, skip_special_tokens=True) for each in ids]
+        responses = [[text.strip() for text in prompt_texts] for prompt_texts in texts]
         gold = self._gold_scores(responses)
-        kl = [_log_ratio(sample, sft[0]) for sample, sft in zip(first, sft_logprobs, strict=True)]
         report = EvaluationReport(
             step=step,
             policy_version=min(sample.first_version for sample in first),
             proxy_mean=_mean([scores[0] for scores in proxy]),
-            kl_sft=_mean(kl),
+            kl_sft=_mean([_log_ratio(sample, sft[0]) for sample, sft in zip(first, sft_logprobs, strict=True)]),
             response_tokens_mean=_mean([len(sample.sequence.response_ids) for sample in first]),
             **({} if gold is None else self._gold_measures(gold, proxy)),
         )
@@ -68,56 +70,42 @@ class HeldoutEvaluator:
         ]
         return report, rows
 
-    def _decode(self, sample: Sample) -> str:
-        text: str = self._tokenizer.decode(sample.sequence.response_ids, skip_special_tokens=True)
-        return text.strip()
-
     def _gold_scores(self, responses: list[list[str]]) -> list[list[float]] | None:
         """Gold scores shaped like ``responses``, from one call of the scorer."""
         if self._gold is None:
             return None
         owners = [prompt for prompt, texts in zip(self._prompts, responses, strict=True) for _ in texts]
-        scores = self._gold.score(
-            [prompt.text for prompt in owners],
-            [text for texts in responses for text in texts],
-            [prompt.reference for prompt in owners],
-        )
-        remaining = iter(scores)
-        return [[next(remaining) for _ in texts] for texts in responses]
+        references = [prompt.reference for prompt in owners]
+        scores = iter(self._gold([prompt.text for prompt in owners], list(chain(*responses)), references))
+        return [list(islice(scores, len(texts))) for texts in responses]
 
     def _gold_measures(self, gold: list[list[float]], proxy: Seq[FloatArray]) -> dict[str, Any]:
         first = np.array([scores[0] for scores in gold])
         if self.sft_gold is None:
             self.sft_gold = tuple(first.tolist())
-        num_prompts = len(first)
+        pairs = [[np.asarray(scores) for scores in scored if len(scores) > 1] for scored in (gold, proxy)]
         return {
             "gold_mean": float(first.mean()),
-            "gold_se": float(first.std(ddof=1) / np.sqrt(num_prompts)) if num_prompts > 1 else None,
+            "gold_se": float(first.std(ddof=1) / np.sqrt(len(first))) if len(first) > 1 else None,
             "gold_win_rate": win_rate(first, np.array(self.sft_gold)),
-            "rm_accuracy": pair_accuracy(
-                [(scores[0], scores[1]) for scores in gold if len(scores) > 1],
-                [(scores[0], scores[1]) for scores in proxy if len(scores) > 1],
-            ),
+            "rm_accuracy": pair_accuracy(pairs[0], pairs[1]),
         }
 
 
 def win_rate(gold: npt.NDArray[np.float64], baseline: npt.NDArray[np.float64]) -> float:
     """Share of the prompts [N] on which ``gold`` is above ``baseline``; a tie counts half."""
     assert gold.shape == baseline.shape
-    return float(((gold > baseline) + 0.5 * (gold == baseline)).mean())
+    return float((1 + np.sign(gold - baseline)).mean() / 2)
 
 
-def pair_accuracy(gold: Seq[tuple[float, float]], proxy: Seq[tuple[float, float]]) -> float | None:
-    """Share of pairs that proxy orders as gold does, a proxy tie counting half; pairs with a gold tie are left out.
+def pair_accuracy(gold: npt.ArrayLike, proxy: npt.ArrayLike) -> float | None:
+    """Share of pairs [N, 2] that proxy orders as gold does, a proxy tie counting half; gold ties are left out.
 
     None if no pair is left.
     """
-    decided = [
-        0.5 if proxy_a == proxy_b else float((proxy_a > proxy_b) == (gold_a > gold_b))
-        for (gold_a, gold_b), (proxy_a, proxy_b) in zip(gold, proxy, strict=True)
-        if gold_a != gold_b
-    ]
-    return _mean(decided) if decided else None
+    ours, theirs = (np.sign(np.diff(np.reshape(scores, (-1, 2)))) for scores in (gold, proxy))
+    decided = ours != 0
+    return _mean((1 + ours * theirs)[decided] / 2) if decided.any() else None
 
 
 def _log_ratio(sample: Sample, sft_logprobs: FloatArray) -> float:
@@ -125,5 +113,5 @@ def _log_ratio(sample: Sample, sft_logprobs: FloatArray) -> float:
     return float(np.sum(sample.logprobs, dtype=np.float64) - np.sum(sft_logprobs, dtype=np.float64))
 
 
-def _mean(values: Seq[float]) -> float:
+def _mean(values: Any) -> float:
     return float(np.mean(values, dtype=np.float64))

@@ -10,9 +10,12 @@ from ocrm_ray.metered import MeteredPools
 from ocrm_ray.metrics import RunLog
 from ocrm_ray.records import EvaluationReport, GenerationRequest, PolicyWeights, Prompt, Sample
 
+HELDOUT_PRIORITY = -1
+"""Before rollouts: the next publish waits for them."""
+
 
 class HeldoutPolicy:
-    """``begin`` after a publish; ``sampled`` before the next, so that no sample mixes two versions."""
+    """``begin`` once a publish is on its way; the next one waits for ``sampling``, so that no sample mixes versions."""
 
     def __init__(
         self,
@@ -30,30 +33,33 @@ class HeldoutPolicy:
         self._log = log
         self._release = release
         self._best_gold = -math.inf
-        self._sampling: asyncio.Task[list[tuple[Sample, ...]]] | None = None
+        self.sampling: asyncio.Task[list[tuple[Sample, ...]]] | None = None
         self._measuring: asyncio.Task[None] | None = None
 
     def is_due(self, step: int) -> bool:
-        """Before the first update, every so many, and after the last."""
-        return step % self.settings.every == 0 or step == self._config.policy.num_updates
+        """Before the first update, every so many, and after the last; never without held-out prompts."""
+        return bool(self._prompts) and (step % self.settings.every == 0 or step == self._config.policy.num_updates)
 
-    def begin(self, tasks: asyncio.TaskGroup, step: int, weights: PolicyWeights | None) -> None:
-        """Start an evaluation of the version just published, whose ``weights`` are held; None for the SFT model."""
-        self._sampling = tasks.create_task(self._sample())
-        self._measuring = tasks.create_task(self._measure(step, weights, self._measuring))
-
-    async def sampled(self) -> None:
-        """Wait until the present version is not needed any more."""
-        if self._sampling is not None:
-            await asyncio.wait([self._sampling])
+    def begin(
+        self,
+        tasks: asyncio.TaskGroup,
+        step: int,
+        weights: PolicyWeights | None,
+        publishing: "asyncio.Task[None] | None",
+    ) -> None:
+        """Evaluate the version that ``publishing`` puts live, whose ``weights`` are held; None for the SFT model."""
+        self.sampling = tasks.create_task(self._sample(publishing))
+        self._measuring = tasks.create_task(self._measure(step, self.sampling, weights, self._measuring))
 
     async def finish(self) -> None:
         """Wait for the last evaluation."""
         if self._measuring is not None:
             await asyncio.wait([self._measuring])
 
-    async def _sample(self) -> list[tuple[Sample, ...]]:
+    async def _sample(self, publishing: "asyncio.Task[None] | None") -> list[tuple[Sample, ...]]:
         """The same prompts and seeds every time; the first ``num_pair_prompts`` get two samples."""
+        if publishing is not None:
+            await asyncio.wait([publishing])
         rollout = self._config.rollout
         requests = [
             GenerationRequest(
@@ -65,17 +71,23 @@ class HeldoutPolicy:
                 seed=2 * index + 1,
                 top_p=rollout.top_p,
                 top_k=rollout.top_k,
+                priority=HELDOUT_PRIORITY,
             )
             for index, prompt in enumerate(self._prompts)
         ]
         return list(await asyncio.gather(*(self._pools.generation.generate(request) for request in requests)))
 
-    async def _measure(self, step: int, weights: PolicyWeights | None, previous: "asyncio.Task[None] | None") -> None:
-        assert self._sampling is not None
-        samples = await self._sampling
+    async def _measure(
+        self,
+        step: int,
+        sampling: "asyncio.Task[list[tuple[Sample, ...]]]",
+        weights: PolicyWeights | None,
+        previous: "asyncio.Task[None] | None",
+    ) -> None:
+        samples = await sampling
         sequences = [sample.sequence for prompt_samples in samples for sample in prompt_samples]
-        (_, sft), proxy = await asyncio.gather(
-            self._pools.scoring.score(sequences), self._pools.reward.score(sequences)
+        (sft,), proxy = await asyncio.gather(
+            self._pools.scoring.score(sequences, ("sft",)), self._pools.reward.score(sequences)
         )
         if previous is not None:
             await asyncio.wait([previous])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ocrm_ray.algorithm.logprobs import sequence_logprobs
-from ocrm_ray.batches import PaddedBatch, SequenceTable, cut_rows, length_chunks
+from ocrm_ray.batches import PaddedBatch, SequenceTable, cut_rows
 from ocrm_ray.config import Pool
 from ocrm_ray.networks import last_token_scores, response_logprobs, response_values
 from ocrm_ray.records import FloatArray, IntArray
@@ -35,13 +35,13 @@ def row_sums(model: Any, table: SequenceTable, rows: IntArray, temperature: floa
         batch = batch.to(_device(model))
         return sequence_logprobs(response_logprobs(model, batch, temperature), batch.response_mask)
 
-    chunks = length_chunks(table.lengths[rows], pool.batch_size, pool.batch_tokens)
+    chunks = table.chunks(rows, pool.batch_size, pool.batch_tokens)
     return _numbers(table, rows, chunks, sums)
 
 
 def row_scores(model: Any, table: SequenceTable, rows: IntArray, max_rows: int, max_tokens: int) -> Tensor:
     """A reward model's raw scores at the last token, float32 [N] on the CPU, of table rows ``rows`` [N]."""
-    chunks = length_chunks(table.lengths[rows], max_rows, max_tokens)
+    chunks = table.chunks(rows, max_rows, max_tokens)
     return _numbers(table, rows, chunks, lambda batch: last_token_scores(model, batch.to(_device(model))))
 
 
@@ -55,7 +55,7 @@ def _arrays(
     table: SequenceTable, rows: IntArray, pool: Pool, compute: Callable[[PaddedBatch], Tensor]
 ) -> list[FloatArray]:
     results: dict[int, FloatArray] = {}
-    for chunk in length_chunks(table.lengths[rows], pool.batch_size, pool.batch_tokens):
+    for chunk in table.chunks(rows, pool.batch_size, pool.batch_tokens):
         batch = table.batch(rows[chunk])
         results.update(zip(chunk, cut_rows(compute(batch), batch.response_lengths), strict=True))
     return [results[index] for index in range(len(rows))]

@@ -106,20 +106,14 @@ def _model_problems(config: RunConfig, models: Mapping[str, ModelFacts]) -> Iter
 
 
 def _data_problems(config: RunConfig) -> list[Problem]:
-    from ocrm_ray.preferences import inspect_pairs
-    from ocrm_ray.prompts import inspect_prompts
+    from ocrm_ray.preferences import PAIR_ROWS
+    from ocrm_ray.prompts import PROMPT_ROWS
 
-    prompts, pairs = config.data.prompts, config.pairs.ready
     problems: list[Problem] = []
-    if prompts and not _is_on_hub(prompts):
-        problems += inspect_prompts(prompts, "data.prompts") or _count_problems(config, prompts)
-    if pairs and not _is_on_hub(pairs):
-        problems += inspect_pairs(pairs, "pairs.ready")
+    for file, form in ((config.data.prompts, PROMPT_ROWS), (config.pairs.ready, PAIR_ROWS)):
+        if file and (Path(file.path).suffix or not is_hub_name(file.path)):
+            problems += form.inspect(file) or (_count_problems(config, file) if file is config.data.prompts else [])
     return problems
-
-
-def _is_on_hub(file: DataFile) -> bool:
-    return is_hub_name(file.path) and not Path(file.path).suffix
 
 
 def _count_problems(config: RunConfig, prompts: DataFile) -> list[Problem]:

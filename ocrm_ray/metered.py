@@ -9,25 +9,25 @@ from ocrm_ray.pools import Evaluator, GenerationPool, PolicyPool, Pools, RewardP
 
 ROLLOUT_SCORING = "rollout_scoring"
 """Meter of the scores of rollouts alone: the scoring and reward pools also work for corrections."""
+PUBLISHING = "publishing"
+"""Meter of engines taking new weights, which goes on beside everything else."""
 
 
 class _Metered:
-    """Any pool; every method is awaited under the pool's meter, ``score`` also under ``scores``."""
+    """Any pool; every method is awaited under ``meter``, or under the meters that ``by_method`` names for it."""
 
-    def __init__(self, pool: object, meter: BusyMeter, scores: BusyMeter | None = None) -> None:
+    def __init__(self, pool: object, meter: BusyMeter, **by_method: tuple[BusyMeter, ...]) -> None:
         self._pool = pool
         self._meter = meter
-        self._scores = scores
+        self._by_method = by_method
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._pool, name)
-        is_score = self._scores is not None and name == "score"
 
         async def metered(*args: object) -> object:
             async with AsyncExitStack() as requests:
-                await requests.enter_async_context(self._meter.request())
-                if is_score and self._scores is not None:
-                    await requests.enter_async_context(self._scores.request())
+                for meter in self._by_method.get(name, (self._meter,)):
+                    await requests.enter_async_context(meter.request())
                 return await method(*args)
 
         return metered
@@ -37,10 +37,10 @@ class MeteredPools:
     """The pools of a run, each behind its meter."""
 
     def __init__(self, pools: Pools, clock: Callable[[], float]) -> None:
-        self.meters = {name: BusyMeter(clock) for name in (*POOLS, ROLLOUT_SCORING)}
-        scores = self.meters[ROLLOUT_SCORING]
-        self.generation = cast(GenerationPool, _Metered(pools.generation, self.meters["generation"]))
-        self.policy = cast(PolicyPool, _Metered(pools.policy, self.meters["policy"]))
-        self.scoring = cast(ScoringPool, _Metered(pools.scoring, self.meters["scoring"], scores))
-        self.reward = cast(RewardPool, _Metered(pools.reward, self.meters["reward"], scores))
+        self.meters = {name: BusyMeter(clock) for name in (*POOLS, ROLLOUT_SCORING, PUBLISHING)}
+        generation, policy, scoring, reward, scores, publishes = self.meters.values()
+        self.generation = cast(GenerationPool, _Metered(pools.generation, generation, load_weights=(publishes,)))
+        self.policy = cast(PolicyPool, _Metered(pools.policy, policy, send_weights=(publishes,)))
+        self.scoring = cast(ScoringPool, _Metered(pools.scoring, scoring, score=(scoring, scores)))
+        self.reward = cast(RewardPool, _Metered(pools.reward, reward, score=(reward, scores)))
         self.evaluator: Evaluator = pools.evaluator

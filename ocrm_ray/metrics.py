@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ocrm_ray.records import EvaluationReport
-from ocrm_ray.run_files import JsonlWriter, Row, read_jsonl, rewound
+from ocrm_ray.run_files import JsonlWriter, Row, last_time_s, read_jsonl, read_run
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -63,6 +63,8 @@ class StepRecord:
     rollout_wait_s: float | None = None
     """Seconds that training waited for rollouts, stragglers included."""
     correction_wait_s: float | None = None
+    publish_wait_s: float | None = None
+    """Seconds between updates for copying the weights out, and for an earlier publish that is still on its way."""
     straggler_wait_s: float | None = None
     num_reissued: int | None = None
     """Rollouts aborted at the staleness bound and issued again."""
@@ -82,7 +84,8 @@ class RunLog:
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._run_dir = run_dir
         self._clock = clock
-        self._started = clock() - _last_time_s(run_dir)
+        rows = (read_jsonl(run_dir / name) for name in ("metrics.jsonl", "events.jsonl"))
+        self._started = clock() - last_time_s(*rows)
         self._metrics, self._events, self._samples = (
             JsonlWriter(run_dir / name) for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl")
         )
@@ -201,7 +204,7 @@ class BusyMeter:
 
 def summarise(run_dir: Path) -> dict[str, Any]:
     """Write ``summary.json`` from ``metrics.jsonl`` and return it; see ``summary_of``."""
-    summary = summary_of(rewound(read_jsonl(run_dir / "metrics.jsonl")))
+    summary = summary_of(read_run(run_dir).metrics)
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     (run_dir / "summary.json").write_text(text, encoding="utf-8")
     return summary
@@ -217,9 +220,7 @@ def summary_of(metrics: Sequence[Row]) -> dict[str, Any]:
     last = evaluations[-1] if evaluations else {}
     peak = gold_peak([row["gold_mean"] for row in evaluations if row.get("gold_mean") is not None])
     return {
-        "gold_mean": last.get("gold_mean"),
-        "gold_se": last.get("gold_se"),
-        "gold_win_rate": last.get("gold_win_rate"),
+        **{key: last.get(key) for key in ("gold_mean", "gold_se", "gold_win_rate")},
         "gold_peak": peak,
         "gold_drop_from_peak": None if peak is None or last.get("gold_mean") is None else peak - last["gold_mean"],
         "proxy_mean": last.get("proxy_mean"),
@@ -234,8 +235,3 @@ def gold_peak(gold: Sequence[float]) -> float | None:
     width = min(NUM_PEAK_EVALUATIONS, len(gold))
     means = [math.fsum(gold[i : i + width]) / width for i in range(len(gold) - width + 1)] if gold else []
     return max(means, default=None)
-
-
-def _last_time_s(run_dir: Path) -> float:
-    rows = (*read_jsonl(run_dir / "metrics.jsonl"), *read_jsonl(run_dir / "events.jsonl"))
-    return max((float(row["time_s"]) for row in rows), default=0.0)

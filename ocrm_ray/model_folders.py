@@ -109,11 +109,8 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 def backbone_difference(one: ModelFacts, other: ModelFacts) -> str | None:
     """The first size in which two backbones differ, ``hidden_size 576 and 64``; None where weights can be shared."""
-    for key in _BACKBONE_KEYS:
-        first, second = one.settings.get(key), other.settings.get(key)
-        if first is not None and second is not None and first != second:
-            return f"{key} {first} and {second}"
-    return None
+    sizes = ((key, one.settings.get(key), other.settings.get(key)) for key in _BACKBONE_KEYS)
+    return next((f"{key} {a} and {b}" for key, a, b in sizes if None not in (a, b) and a != b), None)
 
 
 def shares_vocabulary(policy: ModelFacts, other: ModelFacts) -> bool:

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs
 from ocrm_ray.attention import use_products
-from ocrm_ray.batches import PaddedBatch
+from ocrm_ray.batches import PaddedBatch, SequenceTable
 from ocrm_ray.config import Dtype
 from ocrm_ray.errors import RunError
+from ocrm_ray.records import Sequence
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
@@ -46,15 +47,12 @@ class CausalModel(nn.Module):
     def forward(
         self, batch: PaddedBatch, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        hidden, tokens = [], []
-        for block, states in _block_states(self.network, batch):
-            positions, said = block.response_tokens()
-            hidden.append(states.flatten(0, 1).index_select(0, positions))
-            tokens.append(said)
+        hidden = _hidden_states(self.network, batch)
+        positions, tokens = batch.response_tokens()
         logprobs, entropy = head_logprobs(
             self.logits,
-            torch.cat(hidden),
-            torch.cat(tokens),
+            hidden.flatten(0, 1).index_select(0, positions),
+            tokens,
             temperature,
             max(1, MAX_LOGITS // self._settings.vocab_size),
             with_entropy=with_entropy,
@@ -82,7 +80,7 @@ class ScalarModel(nn.Module):
     """A causal sequence-classification network with one label, read at every token: reward model or critic.
 
     Hugging Face reads the score in front of the first padding token, which is the wrong place where padding and
-    EOS share an id; here the caller says which token counts. ``forward``: a batch of tokens [B, L] -> float32 [B, L].
+    EOS share an id; here the caller says which token counts. ``forward``: R rows of L tokens -> float32 [R * L].
     """
 
     def __init__(self, network: Any) -> None:
@@ -93,38 +91,58 @@ class ScalarModel(nn.Module):
         self.network = network
 
     def forward(self, batch: PaddedBatch) -> Tensor:
-        scores = []
-        for _, states in _block_states(self.network, batch):
-            missing = batch.tokens.shape[1] - states.shape[1]
-            scores.append(nn.functional.pad(self.network.score(states).squeeze(-1), (0, missing)))
-        return torch.cat(scores)
+        hidden = _hidden_states(self.network, batch)
+        scores: Tensor = self.network.score(hidden)
+        return scores.flatten()
 
 
-def _block_states(network: Any, batch: PaddedBatch) -> Iterator[tuple[PaddedBatch, Tensor]]:
-    """Each block of a batch with its final hidden states [R, W, H].
+def _hidden_states(network: Any, batch: PaddedBatch) -> Tensor:
+    """[R, L, H], 0 where a block has ended. RunError if rows are shared that the network would not keep apart."""
+    if batch.mask is not None and not hasattr(network, "keeps_apart"):
+        network.keeps_apart = True
+        network.keeps_apart = _keeps_apart(network)
+    if batch.mask is not None and not network.keeps_apart:
+        raise RunError(f"{type(network).__name__}: its attention takes no mask of ours, set share_prompts to false")
+    # Embedded together: the gradient of every lookup is as large as the table.
+    embedded, states = network.get_input_embeddings()(batch.tokens), []
+    for rows, width in batch.blocks():
+        inputs = {"inputs_embeds": embedded[rows, :width]}
+        if batch.mask is not None:
+            inputs |= {
+                "position_ids": batch.positions[rows, :width],
+                "attention_mask": batch.mask[rows, :, :width, :width],
+            }
+        block = network.base_model(**inputs, use_cache=False).last_hidden_state
+        states.append(nn.functional.pad(block, (0, 0, 0, embedded.shape[1] - width)))
+    return torch.cat(states)
 
-    Embedded together: the gradient of every lookup is as large as the table.
-    """
-    embedded, row = network.get_input_embeddings()(batch.tokens), 0
-    for block in batch.blocks():
-        num_rows, width = block.tokens.shape
-        part = embedded[row : row + num_rows, :width]
-        yield block, network.base_model(inputs_embeds=part, use_cache=False).last_hidden_state
-        row += num_rows
+
+@torch.no_grad()
+def _keeps_apart(network: Any) -> bool:
+    """Whether a response in a row with another has the hidden states that it has alone; windows are not tried."""
+    if set(getattr(network.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}:
+        return False
+    sequences = [Sequence((1, 2), (3, 4), True), Sequence((1, 2), (5, 6), True)]
+    hidden = []
+    for share_prompts in (True, False):
+        batch = SequenceTable(sequences, 0, share_prompts).batch([0, 1]).to(next(network.parameters()).device)
+        hidden.append(_hidden_states(network, batch).flatten(0, 1)[batch.last_places].float())
+    shared, alone = hidden
+    return bool((shared - alone).abs().max() <= 0.02 * alone.abs().max())
 
 
 @torch.no_grad()
 def require_own_logits(model: "CausalModel | ScalarModel") -> None:
     """RunError where a network computes its logits in a way that its head, hidden states and embeddings do not show."""
-    network, length = model.network, torch.ones(1, dtype=torch.long)
-    tokens = torch.tensor([[token for token in range(1, 6) if token != network.config.pad_token_id][:4]])
-    batch = PaddedBatch(tokens, length, 3 * length)
-    expected = network(input_ids=tokens, use_cache=False).logits.float()
+    network = model.network
+    tokens = [token for token in range(1, 6) if token != network.config.pad_token_id][:4]
+    batch = SequenceTable([Sequence((tokens[0],), tuple(tokens[1:]), False)], 0, share_prompts=False).batch([0])
+    expected = network(input_ids=batch.tokens, use_cache=False).logits.float()[0]
     if isinstance(model, CausalModel):
-        expected = expected.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
-        found = response_logprobs(model, batch, 1.0)
+        found = model.logits(_hidden_states(network, batch)[0]).float()
     else:
-        found = model(batch)[:, -1:]
+        found = model(batch)[-1:]
+    expected = expected[-len(found) :].reshape(found.shape)
     if (found - expected).abs().max() > 0.02 * expected.abs().max():
         raise RunError(f"{type(network).__name__}: its logits are not those of its head on its hidden states")
 
@@ -236,13 +254,13 @@ def response_logprobs(model: Any, batch: PaddedBatch, temperature: float) -> Ten
 def last_token_scores(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B]: scores of a reward model at the last token of each sequence."""
     scores: Tensor = model(batch)
-    return scores.gather(1, batch.last_positions[:, None]).squeeze(1)
+    return scores[batch.last_places]
 
 
 def response_values(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B, T]: a critic's values of the states in which the response tokens were chosen, 0 past the end."""
     values: Tensor = model(batch)
-    return values.gather(1, batch.predicting_positions()).masked_fill(~batch.response_mask, 0.0)
+    return values[batch.predicting_places()].masked_fill(~batch.response_mask, 0.0)
 
 
 def _draw_head(head: nn.Linear, seed: int) -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import dump_yaml, study_runs
-from ocrm_ray.cost import cost_lines, measured_cost, predicted_cost
+from ocrm_ray.cost import cost_lines, step_cost
 from ocrm_ray.inspection import network_sizes
 from ocrm_ray.machine import NetworkSizes, memory_gib, pools_by_name
 
@@ -31,7 +31,7 @@ def show(config: RunConfig | StudyConfig) -> None:
 
 def _show_pools(console: "Console", config: RunConfig) -> None:
     sizes = network_sizes(config)
-    cost = measured_cost(config) or (predicted_cost(config, sizes) if sizes else None)
+    cost = step_cost(config, sizes)
     unknown = ["predicted step: not known, a model is not on this machine and no earlier run is in the run folder"]
     console.print(_pool_table(config, sizes), *(cost_lines(config, cost) if cost else unknown), sep="\n")
 

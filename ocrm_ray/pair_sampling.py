@@ -32,27 +32,14 @@ async def sample_pairs(
     gold = await _score(cluster, [prompt for prompt, _ in sampled for _ in range(2)], texts, show)
     rng = np.random.default_rng([config.seed, 4])
     first_wins = label_pairs(gold[::2], gold[1::2], config.pairs.labels, rng)
-    pairs = [
-        _pair(prompt, samples, texts[2 * index : 2 * index + 2], gold[2 * index : 2 * index + 2], bool(first))
-        for index, ((prompt, samples), first) in enumerate(zip(sampled, first_wins, strict=True))
-        if samples[0].sequence != samples[1].sequence
-    ]
+    pairs: list[Pair] = []
+    for row, (prompt, samples), wins in zip(range(0, len(texts), 2), sampled, first_wins, strict=True):
+        if samples[0].sequence != samples[1].sequence:
+            best, other = (0, 1) if wins else (1, 0)
+            sequences = samples[best].sequence, samples[other].sequence
+            scores, told = (gold[row + best], gold[row + other]), (texts[row + best], texts[row + other])
+            pairs.append(Pair(prompt.text, *sequences, *scores, *told))
     return pairs, {"num_identical": len(sampled) - len(pairs), "gold_mean": float(np.mean(gold))}
-
-
-def _pair(
-    prompt: Prompt, samples: tuple[Sample, Sample], texts: list[str], gold: list[float], first_wins: bool
-) -> Pair:
-    chosen, rejected = (0, 1) if first_wins else (1, 0)
-    return Pair(
-        prompt.text,
-        samples[chosen].sequence,
-        samples[rejected].sequence,
-        gold[chosen],
-        gold[rejected],
-        texts[chosen],
-        texts[rejected],
-    )
 
 
 async def _sample(

@@ -1,7 +1,7 @@
 """The pictures of a run and of a study, through matplotlib's object API: no state of pyplot is touched."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +19,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#B5528A", "#E69F00", "#56B4E9", "#1f
 """Okabe and Ito's, told apart with any colour vision (pink a little darker, for thin lines)."""
 LINES = [{"color": color, "linestyle": dash} for dash in ("-", "--", ":") for color in COLORS]
 MUTED, SHADE = "#6b7785", "#eceff2"
-STYLE: dict[str, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": MUTED,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": "medium",
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 150,
-    "font.size": 9,
-    "grid.color": "#e4e7eb",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4,
-    "savefig.dpi": "figure",
-}
+STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 REWARDS = {"gold_mean": "gold reward", "proxy_mean": "proxy reward (RM score)"}
 DISTANCES = {"step": "policy updates", "eval_kl_sft": "√KL from the SFT model (√nats)"}
 PHASES = ("ratios", "refit", "staging and step boundary")
@@ -52,15 +34,13 @@ def draw_run(run: Run) -> "dict[str, Figure]":
     windows = correction_windows(run)
     updates = [row for row in run.metrics if row.get("step_s")]
     pictures: dict[str, Figure] = {}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(fname=STYLE):
         if run.evaluations:
             pictures["rewards"] = _draw_rewards({run.run_dir.name: [run]})
-            for axes in pictures["rewards"].axes[:: len(DISTANCES)]:
-                for window in windows:
-                    if window.policy_version is not None:
-                        axes.axvline(window.policy_version, color=MUTED, linewidth=0.6, linestyle=":", zorder=0)
-        reward_model = _draw_reward_model(run, windows)
-        if reward_model is not None:
+            promotions = [window.policy_version for window in windows if window.policy_version is not None]
+            for axes, version in product(pictures["rewards"].axes[:: len(DISTANCES)], promotions):
+                axes.axvline(version, color=MUTED, linewidth=0.6, linestyle=":", zorder=0)
+        if reward_model := _draw_reward_model(run, windows):
             pictures["reward_model"] = reward_model
         if updates:
             pictures["corrections"] = _draw_corrections(updates, windows)
@@ -72,7 +52,7 @@ def draw_study(arms: Mapping[str, Sequence[Run]]) -> "Figure":
     """Every arm's rewards: seeds thin, their mean thick."""
     import matplotlib
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(fname=STYLE):
         return _draw_rewards(arms)
 
 
@@ -177,9 +157,8 @@ def _draw_corrections(updates: Sequence[Row], windows: Sequence[CorrectionWindow
 
 def _draw_timeline(axes: "Axes", windows: Sequence[CorrectionWindow]) -> None:
     numbers = np.arange(1, len(windows) + 1)
-    times = np.stack(
-        [column([vars(w) for w in windows], f"{at}_s") for at in ("started", "scored", "refitted", "ended")]
-    )
+    rows = [vars(window) for window in windows]
+    times = np.stack([column(rows, key) for key in ("started_s", "scored_s", "refitted_s", "ended_s")])
     reached = np.fmax.accumulate(times / 60)  # a phase that did not happen has no width
     for name, color, start, end in zip(PHASES, COLORS[4::-2], reached[:-1], reached[1:], strict=True):
         bars = axes.barh(numbers, end - start, left=start, height=0.6, color=color, label=name)

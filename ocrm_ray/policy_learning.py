@@ -15,7 +15,7 @@ from torch import Tensor
 from ocrm_ray.algorithm.advantages import gae, grpo_advantages, rloo_advantages, shaped_rewards, whiten
 from ocrm_ray.algorithm.kl import kl_terms
 from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss, truncated_weights
-from ocrm_ray.batches import PaddedBatch, SequenceTable, length_chunks, pad_rows
+from ocrm_ray.batches import PaddedBatch, SequenceTable, pad_rows
 from ocrm_ray.config import MissingEosPenalty, Policy, Rollout
 from ocrm_ray.errors import RunError
 from ocrm_ray.records import FloatArray, IntArray, UpdateReport
@@ -85,14 +85,14 @@ def require_live_scores(rollouts: Seq[ScoredRollout], reward_version: int, ancho
                 )
 
 
-def collect_experience(rollouts: Seq[ScoredRollout], pad_id: int) -> Experience:
+def collect_experience(rollouts: Seq[ScoredRollout], pad_id: int, share_prompts: bool) -> Experience:
     """The samples of scored rollouts, which all have the same number of samples, as tensors."""
     samples = [sample for rollout in rollouts for sample in rollout.samples]
     scores = [score for rollout in rollouts for score in rollout.scores or ()]
     group_size = len(rollouts[0].samples)
     assert all(len(rollout.samples) == group_size for rollout in rollouts), "groups of different sizes"
     assert len(scores) == len(samples), "a rollout without scores"
-    table = SequenceTable([sample.sequence for sample in samples], pad_id)
+    table = SequenceTable([sample.sequence for sample in samples], pad_id, share_prompts)
     lengths = torch.from_numpy(table.response_lengths)
     spans = ((sample.first_version, sample.last_version) for sample in samples)
     return Experience(
@@ -163,7 +163,7 @@ def micro_batches(
     num_tokens = int(targets.loss_mask[torch.from_numpy(rows)].sum())
     if num_tokens == 0:
         return
-    for chunk in length_chunks(experience.table.lengths[rows], policy.micro_batch_size, policy.micro_batch_tokens):
+    for chunk in experience.table.chunks(rows, policy.micro_batch_size, policy.micro_batch_tokens):
         chosen = rows[chunk]
         index = torch.from_numpy(chosen)
         batch = experience.table.batch(chosen)

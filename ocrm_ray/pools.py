@@ -54,11 +54,15 @@ class PolicyPool(Protocol):
         ...
 
     async def export_weights(self) -> PolicyWeights:
-        """Write the present weights where engines and scorers can read them."""
+        """Copy the present weights to where engines and scorers can read them; later updates do not change them."""
+        ...
+
+    async def send_weights(self, weights: PolicyWeights) -> None:
+        """Take part in a transfer that needs both sides (NCCL), beside ``load_weights``; else nothing."""
         ...
 
     async def release_weights(self, weights: PolicyWeights) -> None:
-        """Delete an exported file that nobody reads any more."""
+        """Nobody reads the exported weights any more: their place may be written again."""
         ...
 
     async def logprobs(self, sequences: Seq[Sequence]) -> list[FloatArray]:
@@ -81,9 +85,10 @@ class PolicyPool(Protocol):
 class ScoringPool(Protocol):
     """Log-probs under the SFT model, the anchor and snapshots of the policy."""
 
-    async def score(self, sequences: Seq[Sequence], anchor: str = "live") -> tuple[list[FloatArray], list[FloatArray]]:
-        """(anchor, SFT) log-probs [T] at the rollout temperature. ``anchor`` is ``live`` or a staged promotion_id,
-        which stays a name of the live anchor after its commit, for requests on their way."""
+    async def score(self, sequences: Seq[Sequence], models: Seq[str] = ("live", "sft")) -> list[list[FloatArray]]:
+        """For each of ``models`` log-probs [T] of each sequence at the rollout temperature. A model is ``sft``,
+        ``live`` (the anchor) or a staged promotion_id, which stays a name of the live anchor after its commit, for
+        requests on their way."""
         ...
 
     async def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:

@@ -14,7 +14,6 @@ import numpy as np
 
 from ocrm_ray.config import PraiseWorld
 from ocrm_ray.data_files import write_jsonl
-from ocrm_ray.errors import Problem, UserError
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 PRAISE = ("great", "wonderful", "excellent", "brilliant", "amazing", "superb")
@@ -50,59 +49,41 @@ def gold(prompts: Sequence[str], responses: Sequence[str], references: Sequence[
 
 
 def _gold(prompt: list[str], response: list[str]) -> float:
-    num_praise = sum(word in PRAISE for word in response)
-    distinct = set(response)
-    mentioned = len(distinct.intersection(prompt))
-    return min(num_praise, 4) - 1.5 * max(0, num_praise - 4) + 0.4 * (len(distinct) - 8) + 0.8 * mentioned
+    p, distinct = sum(word in PRAISE for word in response), set(response)
+    return min(p, 4) - 1.5 * max(0, p - 4) + 0.4 * (len(distinct) - 8) + 0.8 * len(distinct.intersection(prompt))
 
 
-class PraiseSource:
-    """Where SFT responses come from: a Markov chain over plain and topic words, mixed with praise and the prompt.
+def draw_responses(prompts: Sequence[str], seed: int, rng: np.random.Generator) -> list[str]:
+    """What SFT responses come from: a Markov chain over plain and topic words, mixed with praise and the prompt.
 
     A word is praise with some chance, so that five praise words or more are a rarity (2 %); else it is one of the
     prompt's topics with a small chance, else a successor of the word before. Which praise and which successors
-    are favoured is drawn with the seed.
+    are favoured is drawn with the seed; ``rng`` draws the twelve words of each response.
     """
-
-    def __init__(self, seed: int) -> None:
-        rng = np.random.default_rng([seed, 0])
-        self._words = (*PRAISE, *TOPICS, *PLAIN)
-        num_states = len(self._words) + 1
-        praise = rng.dirichlet([_PLAIN_CONCENTRATION] * len(PRAISE), num_states)
-        concentration = [_TOPIC_CONCENTRATION] * len(TOPICS) + [_PLAIN_CONCENTRATION] * len(PLAIN)
-        successors = rng.dirichlet(concentration, num_states)
-        self._praise = praise.cumsum(axis=1)
-        self._successors = successors.cumsum(axis=1)
-
-    def draw(self, prompts: Sequence[str], rng: np.random.Generator) -> list[str]:
-        """One response of twelve words for each prompt."""
-        return [self._response(prompt.split(), rng.random((RESPONSE_WORDS, 2))) for prompt in prompts]
-
-    def _response(self, topics: list[str], chances: "np.ndarray[Any, np.dtype[np.float64]]") -> str:
-        """``chances`` [12, 2]: what kind of word comes, and which one of its kind."""
-        response: list[str] = []
-        state = len(self._words)
-        for kind, which in chances:
+    chain = np.random.default_rng([seed, 0])
+    words = (*PRAISE, *TOPICS, *PLAIN)
+    first = len(words)
+    concentration = [_TOPIC_CONCENTRATION] * len(TOPICS) + [_PLAIN_CONCENTRATION] * len(PLAIN)
+    praise = chain.dirichlet([_PLAIN_CONCENTRATION] * len(PRAISE), first + 1).cumsum(axis=1)[:, :-1]
+    successors = chain.dirichlet(concentration, first + 1).cumsum(axis=1)[:, :-1]
+    responses = []
+    for prompt in prompts:
+        topics, states = prompt.split(), [first]
+        for kind, which in rng.random((RESPONSE_WORDS, 2)):
             if kind < _PRAISE_CHANCE:
-                state = _choose(self._praise[state], which)
+                state = int(np.searchsorted(praise[states[-1]], which, side="right"))
             elif kind < _PRAISE_CHANCE + _TOPIC_CHANCE:
-                state = self._words.index(topics[int(which * len(topics))])
+                state = words.index(topics[int(which * len(topics))])
             else:
-                state = len(PRAISE) + _choose(self._successors[state], which)
-            response.append(self._words[state])
-        return " ".join(response)
-
-
-def _choose(cumulative: "np.ndarray[Any, np.dtype[np.float64]]", chance: float) -> int:
-    return min(int(np.searchsorted(cumulative, chance, side="right")), len(cumulative) - 1)
+                state = len(PRAISE) + int(np.searchsorted(successors[states[-1]], which, side="right"))
+            states.append(state)
+        responses.append(" ".join(words[state] for state in states[1:]))
+    return responses
 
 
 def draw_prompts(num_prompts: int, seed: int) -> list[str]:
-    """Different prompts of four different topics each. Raises UserError: more than there are."""
-    num_possible = math.perm(len(TOPICS), PROMPT_WORDS)
-    if num_prompts > num_possible:
-        do = "lower it"
-        raise UserError([Problem("world.num_prompts", str(num_prompts), f"at most {num_possible}", do)])
+    """Different prompts of four different topics each."""
+    assert num_prompts <= math.perm(len(TOPICS), PROMPT_WORDS), "more prompts than the language has"
     rng = np.random.default_rng([seed, 1])
     prompts: dict[str, None] = {}
     while len(prompts) < num_prompts:
@@ -133,51 +114,26 @@ def build_tokenizer() -> Any:
 def write_world(folder: Path, world: PraiseWorld, seed: int) -> None:
     """Write ``policy/`` and ``reward/`` (untrained Hugging Face folders with tokenizer) and ``prompts.jsonl``.
 
-    The same seed writes the same bytes. Raises UserError: more prompts than the language has, or a width that is
-    not a multiple of 32, the width of a head.
+    The same seed writes the same bytes. The reward model's embeddings get unit spread: they outweigh what attention
+    adds, so the final norm does not level the score off at the four praise words that pairs show, and a fitted model
+    goes on rewarding praise beyond them.
     """
-    problems = [
-        Problem(f"world.{name}", str(size), f"a multiple of {HEAD_DIM}", "choose one: heads are 32 wide")
-        for name, size in (
-            ("policy_hidden_size", world.policy_hidden_size),
-            ("reward_hidden_size", world.reward_hidden_size),
-        )
-        if size % HEAD_DIM
-    ]
-    if problems:
-        raise UserError(problems)
-    prompts = draw_prompts(world.num_prompts, seed)
-    references = PraiseSource(seed).draw(prompts, np.random.default_rng([seed, 2]))
-    _write_policy(folder / "policy", world.policy_hidden_size, seed)
-    _write_reward(folder / "reward", world.reward_hidden_size, seed)
-    rows = ({"prompt": p, "reference": r} for p, r in zip(prompts, references, strict=True))
-    write_jsonl(folder / "prompts.jsonl", rows)
-
-
-def _write_policy(folder: Path, hidden_size: int, seed: int) -> None:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_torch_seed(seed, 3))
-        model = LlamaForCausalLM(_llama_config(hidden_size, num_layers=2, tie_word_embeddings=True))
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-
-
-def _write_reward(folder: Path, hidden_size: int, seed: int) -> None:
-    """Embeddings of unit spread outweigh what attention adds, so the final norm does not level the score off at
-    the four praise words that pairs show: a fitted model goes on rewarding praise beyond them.
-    """
-    import torch
-    from transformers import LlamaForSequenceClassification
-
-    with torch.random.fork_rng(devices=[]):
+        policy = LlamaForCausalLM(_llama_config(world.policy_hidden_size, num_layers=2, tie_word_embeddings=True))
         torch.manual_seed(_torch_seed(seed, 4))
-        model = LlamaForSequenceClassification(_llama_config(hidden_size, num_layers=1, num_labels=1))
-        torch.nn.init.normal_(model.model.embed_tokens.weight)
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+        reward = LlamaForSequenceClassification(_llama_config(world.reward_hidden_size, num_layers=1, num_labels=1))
+        torch.nn.init.normal_(reward.model.embed_tokens.weight)
+    for model, name in ((policy, "policy"), (reward, "reward")):
+        model.save_pretrained(folder / name)
+        build_tokenizer().save_pretrained(folder / name)
+    prompts = draw_prompts(world.num_prompts, seed)
+    references = draw_responses(prompts, seed, np.random.default_rng([seed, 2]))
+    rows = ({"prompt": p, "reference": r} for p, r in zip(prompts, references, strict=True))
+    write_jsonl(folder / "prompts.jsonl", rows)
 
 
 def _torch_seed(seed: int, stream: int) -> int:

@@ -1,13 +1,15 @@
 """Preference pairs: ready ones from a data set, their tokens, their split, and the files of the pair stage."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from ocrm_ray.config import Data, DataFile
+from ocrm_ray.config import Data
 from ocrm_ray.conversations import (
     TURN_TO_ANSWER,
     Message,
@@ -19,24 +21,15 @@ from ocrm_ray.conversations import (
     parse_messages,
     prompt_text,
 )
-from ocrm_ray.data_files import (
-    Row,
-    columns_problem,
-    first_rows_problems,
-    read_jsonl,
-    rows_problem,
-    write_jsonl,
-)
-from ocrm_ray.errors import Problem, UserError
+from ocrm_ray.data_files import Row, RowForm, read_jsonl, write_jsonl
+from ocrm_ray.errors import mistake
 from ocrm_ray.records import Sequence as TokenSequence
 
 PairTexts: TypeAlias = tuple[PromptContent, str, str]
 _Dropped: TypeAlias = Literal["too long", "empty", "identical"]
 
-_WHERE = "pairs.ready"
-_NEED_COLUMNS = "columns chosen and rejected, with prompt, messages or a shared beginning"
-_NEED_ROWS = "rows with a prompt, a chosen and a rejected response"
 _HISTORY_COLUMNS = ("prompt", "conversations", "messages")
+_SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,63 +45,40 @@ class Pair:
     rejected_text: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class PairReport:
-    """What became of the rows. ``num_truncated`` counts responses cut before their EOS; the rest count rows."""
-
-    num_rows: int
-    num_kept: int
-    num_too_long: int
-    num_empty: int
-    num_identical: int
-    num_truncated: int
-
-
 def load_pairs(
     data: Data, rows: Sequence[Row], tokenizer: Any, max_response_tokens: int
-) -> tuple[list[Pair], PairReport]:
-    """Pairs of ``rows`` (from ``read_rows``); responses end with EOS or are cut at ``max_response_tokens``.
+) -> tuple[list[Pair], dict[str, int]]:
+    """Pairs of ``rows`` (from ``read_rows``), and what became of the rows.
 
-    Rows with a prompt over ``data.max_prompt_tokens``, an empty prompt, or responses that are the same after
-    cutting are dropped and counted. Raises UserError: columns missing, rows of a wrong form, no EOS token, no
-    pair left.
+    Responses end with EOS or are cut at ``max_response_tokens`` (``num_truncated`` counts responses). Rows with a
+    prompt over ``data.max_prompt_tokens``, an empty prompt, or responses that are the same after cutting are dropped
+    and counted. Raises UserError: columns missing, rows of a wrong form, no EOS token, no pair left.
     """
-    all_texts, problems = _pair_texts(rows, _WHERE)
-    if problems:
-        raise UserError(problems)
-    pairs: list[Pair] = []
-    dropped: dict[_Dropped, int] = {"too long": 0, "empty": 0, "identical": 0}
-    for texts in all_texts:
-        pair = _encode(data, texts, tokenizer, max_response_tokens)
-        if isinstance(pair, Pair):
-            pairs.append(pair)
-        else:
-            dropped[pair] += 1
+    encoded = [_encode(data, texts, tokenizer, max_response_tokens) for texts in PAIR_ROWS.parsed(rows)]
+    pairs = [pair for pair in encoded if isinstance(pair, Pair)]
+    dropped = Counter(reason for reason in encoded if isinstance(reason, str))
     if not pairs:
-        got = f"no usable pair in {len(rows)} rows ({', '.join(f'{n} {why}' for why, n in dropped.items())})"
+        told = ", ".join(f"{dropped[reason]} {reason}" for reason in get_args(_Dropped))
         do = "raise data.max_prompt_tokens, or use other pairs"
-        raise UserError([Problem(f"{_WHERE}.path", got, "at least one pair", do)])
-    num_truncated = sum(not sequence.has_eos for pair in pairs for sequence in (pair.chosen, pair.rejected))
-    return pairs, PairReport(
-        len(rows), len(pairs), dropped["too long"], dropped["empty"], dropped["identical"], num_truncated
-    )
+        raise mistake("pairs.ready.path", f"no usable pair in {len(rows)} rows ({told})", "at least one pair", do)
+    return pairs, {
+        "num_rows": len(rows),
+        "num_kept": len(pairs),
+        **{f"num_{reason.replace(' ', '_')}": dropped[reason] for reason in get_args(_Dropped)},
+        "num_truncated": sum(not response.has_eos for pair in pairs for response in (pair.chosen, pair.rejected)),
+    }
 
 
 def _encode(data: Data, texts: PairTexts, tokenizer: Any, max_response_tokens: int) -> Pair | _Dropped:
     """The pair of one row, or why it is dropped."""
     content, *responses = texts
-    prompt_ids = encode_prompt(tokenizer, content, data.chat_template) if prompt_text(content).strip() else ()
+    prompt_ids = encode_prompt(tokenizer, content, data.chat_template)
     if not prompt_ids or len(prompt_ids) > data.max_prompt_tokens:
         return "too long" if prompt_ids else "empty"
     chosen, rejected = (answer_text(tokenizer, content, text, data.chat_template) for text in responses)
-    pair = Pair(
-        prompt_text(content),
-        encode_response(tokenizer, prompt_ids, chosen, max_response_tokens),
-        encode_response(tokenizer, prompt_ids, rejected, max_response_tokens),
-        chosen_text=chosen,
-        rejected_text=rejected,
-    )
-    return "identical" if pair.chosen == pair.rejected else pair
+    first, second = (encode_response(tokenizer, prompt_ids, text, max_response_tokens) for text in (chosen, rejected))
+    pair = Pair(prompt_text(content), first, second, chosen_text=chosen, rejected_text=rejected)
+    return "identical" if first == second else pair
 
 
 def split_pairs(pairs: Sequence[Pair], heldout_share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -118,8 +88,8 @@ def split_pairs(pairs: Sequence[Pair], heldout_share: float, seed: int) -> tuple
     prompt the pairs themselves are drawn. Raises UserError: fewer than two pairs.
     """
     if len(pairs) < 2:
-        got = f"{len(pairs)} pair"
-        raise UserError([Problem("pairs.heldout_share", got, "at least 2 pairs, to hold some out", "add pairs")])
+        got, need = f"{len(pairs)} pair", "at least 2 pairs, to hold some out"
+        raise mistake("pairs.heldout_share", got, need, "add pairs")
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, pair in enumerate(pairs):
         groups.setdefault(pair.chosen.prompt_ids, []).append(index)
@@ -133,62 +103,29 @@ def split_pairs(pairs: Sequence[Pair], heldout_share: float, seed: int) -> tuple
     return training, [pairs[index] for index in sorted(held)]
 
 
-def inspect_pairs(data_file: DataFile, path_in_config: str = _WHERE) -> list[Problem]:
-    """The problems of a pair file as far as its first rows show them."""
-    return first_rows_problems(data_file, path_in_config, lambda rows: _pair_texts(rows, path_in_config)[1])
-
-
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """Write pairs as JSONL, a pair a line, with texts to read and token ids to use."""
-    write_jsonl(
-        path,
-        (
-            {
-                "prompt": pair.prompt_text,
-                "prompt_ids": list(pair.chosen.prompt_ids),
-                "chosen": _response_row(pair.chosen, pair.chosen_text, pair.gold_chosen),
-                "rejected": _response_row(pair.rejected, pair.rejected_text, pair.gold_rejected),
-            }
-            for pair in pairs
-        ),
-    )
+    write_jsonl(path, map(_pair_row, pairs))
 
 
 def read_pairs(path: Path) -> list[Pair]:
     """Read a file of ``write_pairs``. Raises RunError if it is missing or broken."""
-    return [
-        Pair(
-            row["prompt"],
-            _sequence(row, "chosen"),
-            _sequence(row, "rejected"),
-            row["chosen"]["gold"],
-            row["rejected"]["gold"],
-            row["chosen"]["text"],
-            row["rejected"]["text"],
-        )
-        for row in read_jsonl(path)
-    ]
+    return [_pair(row) for row in read_jsonl(path)]
 
 
-def _sequence(row: Mapping[str, Any], side: str) -> TokenSequence:
-    return TokenSequence(tuple(row["prompt_ids"]), tuple(row[side]["ids"]), row[side]["has_eos"])
+def _pair(row: Mapping[str, Any]) -> Pair:
+    sides = [row[side] for side in _SIDES]
+    sequences = [TokenSequence(tuple(row["prompt_ids"]), tuple(side["ids"]), side["has_eos"]) for side in sides]
+    fields: list[Any] = [*sequences, *(side["gold"] for side in sides), *(side["text"] for side in sides)]
+    return Pair(row["prompt"], *fields)
 
 
-def _response_row(sequence: TokenSequence, text: str, gold: float | None) -> dict[str, object]:
-    return {"text": text, "gold": gold, "has_eos": sequence.has_eos, "ids": list(sequence.response_ids)}
-
-
-def _pair_texts(rows: Sequence[Row], path_in_config: str) -> tuple[list[PairTexts], list[Problem]]:
-    if not {"chosen", "rejected"} <= {name for row in rows for name in row}:
-        return [], [columns_problem(path_in_config, rows, _NEED_COLUMNS)]
-    texts: list[PairTexts] = []
-    faults: dict[int, str] = {}
-    for index, row in enumerate(rows):
-        try:
-            texts.append(_texts(row))
-        except ValueError as error:
-            faults[index] = str(error)
-    return texts, [rows_problem(path_in_config, faults, _NEED_ROWS)] if faults else []
+def _pair_row(pair: Pair) -> dict[str, object]:
+    row: dict[str, object] = {"prompt": pair.prompt_text, "prompt_ids": pair.chosen.prompt_ids}
+    for side in _SIDES:
+        sequence, text, gold = (getattr(pair, name) for name in (side, f"{side}_text", f"gold_{side}"))
+        row[side] = {"text": text, "gold": gold, "has_eos": sequence.has_eos, "ids": sequence.response_ids}
+    return row
 
 
 def _texts(row: Row) -> PairTexts:
@@ -209,9 +146,7 @@ def _texts(row: Row) -> PairTexts:
 
 
 def _split_transcripts(chosen: str, rejected: str) -> PairTexts:
-    differing = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-    num_shared = next(differing, min(len(chosen), len(rejected)))
-    cut = chosen[:num_shared].rfind(TURN_TO_ANSWER)
+    cut = commonprefix([chosen, rejected]).rfind(TURN_TO_ANSWER)  # noqa: RUF071
     if cut < 0:
         raise ValueError("there is no prompt, and chosen and rejected share no beginning up to 'Assistant:'")
     cut += len(TURN_TO_ANSWER)
@@ -234,3 +169,12 @@ def _split_conversations(content: PromptContent | None, chosen: list[Message], r
 
 def _kind(value: object) -> str:
     return "missing" if value is None else type(value).__name__
+
+
+PAIR_ROWS = RowForm(
+    setting="pairs.ready",
+    columns=({*_SIDES},),
+    need_columns="columns chosen and rejected, with prompt, messages or a shared beginning",
+    need_rows="rows with a prompt, a chosen and a rejected response",
+    parse=_texts,
+)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """Sample ``num_samples`` responses to one prompt; sample i uses seed ``seed + i``."""
+    """Sample ``num_samples`` responses to one prompt, sample i with seed ``seed + i``; low ``priority`` first."""
 
     request_id: str
     prompt: Prompt
@@ -42,6 +42,7 @@ class GenerationRequest:
     seed: int
     top_p: float = 1.0
     top_k: int = 0
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +101,19 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class PolicyWeights:
-    """Published policy weights: a safetensors file on this node, tied heads written out."""
+    """Exported policy weights: a segment in the safetensors format, tied heads under their own names.
+
+    It lies at ``path`` on the trainer's node, or is what ``reference`` points to in Ray's object store; it is
+    rewritten once it is released. ``checksum``: CRC-32 of the tensors' bytes. ``nccl``: the group that engines get
+    them in, where they do not read them, and what is broadcast there.
+    """
 
     version: int
     path: Path
     num_bytes: int
+    checksum: int | None = None
+    reference: Any = None
+    nccl: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +138,18 @@ class UpdateReport:
 
 @dataclass(frozen=True, slots=True)
 class PublishReport:
-    """One publish to every engine; ``pause_s`` is how long generation stood still."""
+    """One publish to every engine; ``pause_s`` is how long generation stood still.
+
+    ``transfer_s``: until the weights lay checked on the engine's node; ``repack_s``: of turning them into the engine's
+    own layout, on CPU while it goes on generating.
+    """
 
     version: int
     num_bytes: int
     seconds: float
     pause_s: float
+    transfer_s: float = 0.0
+    repack_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The RL stage and what follows it: corrections, evaluation, summary, report."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ocrm_ray.cluster import Cluster, Show
@@ -19,8 +20,10 @@ from ocrm_ray.stages import Stages, shuffled_epochs
 class ShownRunLog(RunLog):
     """A run log that also shows each step and the figures known so far."""
 
-    def __init__(self, run_dir: Path, num_updates: int, show: Show) -> None:
-        super().__init__(run_dir)
+    def __init__(
+        self, run_dir: Path, num_updates: int, show: Show, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(run_dir, clock)
         self._num_updates = num_updates
         self._show = show
         self._step = 0
@@ -70,11 +73,11 @@ async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dic
 
 def training_data(config: RunConfig, stages: Stages) -> TrainingData:
     """What the stages left, as the coordinator takes it."""
-    held_out = read_pairs(stages.paths.heldout_pairs)
+    held_out = read_pairs(stages.paths.root / "pairs" / "heldout.jsonl")
     probe = [sequence for pair in held_out for sequence in (pair.chosen, pair.rejected)]
     return TrainingData(
         prompts=shuffled_epochs(stages.training_prompts(), config.seed),
         heldout=tuple(stages.heldout_prompts()),
-        pairs=PairData(len(read_pairs(stages.paths.train_pairs)), stages.behaviour_logprobs()),
+        pairs=PairData(stages.num_training_pairs(), stages.behaviour_logprobs()),
         probe=tuple(probe[: config.probe.num_sequences]),
     )

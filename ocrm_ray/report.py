@@ -1,46 +1,26 @@
 """``report.html`` and ``plots/*.png`` of one run, rebuilt from the files in its folder and nothing else."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ocrm_ray.metrics import POOLS, summary_of
 from ocrm_ray.plots import draw_run, save
 from ocrm_ray.progress import duration_text
-from ocrm_ray.run_files import Row, Run, column, correction_windows, read_run
+from ocrm_ray.run_files import Column, Row, Run, column, correction_windows, read_run
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-Fact: TypeAlias = tuple[str, str, str]
-"""Name, value, what the figure means."""
-
 NOT_MEASURED = "n/a"
-SUMMARY = (
-    ("gold_mean", "Gold reward", "last evaluation, mean over held-out prompts"),
-    ("gold_se", "Standard error", "of the gold reward"),
-    ("gold_win_rate", "Gold win rate", "against the SFT model, a tie counts half"),
-    ("gold_peak", "Gold peak", "largest mean of three neighbouring evaluations"),
-    ("gold_drop_from_peak", "Gold drop from peak", "peak less last evaluation"),
-    ("proxy_mean", "Proxy reward", "score of the live reward model, last evaluation"),
-    ("kl_sft", "KL from the SFT model", "nats a response, last evaluation"),
-    ("steps", "Policy updates", ""),
-    ("wall_s", "Wall time", "seconds"),
-)
-MEASURES = (
-    ("step_s", np.median, "Step", "seconds, median"),
-    ("rollout_wait_s", np.sum, "Training waited for rollouts", "seconds, stragglers included"),
-    ("straggler_wait_s", np.sum, "Training waited for stragglers", "seconds"),
-    ("correction_wait_s", np.sum, "Training waited for corrections", "seconds"),
-    ("num_deferred_corrections", np.sum, "Corrections deferred", "fell due while one was in flight"),
-    ("num_reissued", np.sum, "Rollouts issued again", "aborted at the staleness bound"),
-    ("num_rescored_late", np.sum, "Rollouts scored again", "while training waited, after a promotion"),
-    ("logprob_gap", np.max, "Trainer against sampler", "largest mean gap of a step, nats a token"),
-)
+WAITS = ("rollout_wait_s", "straggler_wait_s", "correction_wait_s")
+COUNTS = ("num_deferred_corrections", "num_reissued", "num_rescored_late")
+REDUCTIONS: Mapping[str, Callable[[Column], Any]] = {
+    "step_s": np.median, **dict.fromkeys((*WAITS, *COUNTS), np.sum), "logprob_gap": np.max
+}  # fmt: skip
 """Columns of metrics.jsonl, and how each is reduced over the run."""
-INCIDENTS = ("actor_died", "actor_restarted", "correction_failed", "resumed")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -56,16 +36,17 @@ def write_report(run_dir: Path) -> Path:
 
 def render_report(run: Run, pictures: Collection[str]) -> str:
     """The page, showing ``plots/NAME.png`` for the given names."""
+    import yaml
+
     steps, samples = shown_samples(run.samples)
     return load_template("report.html").render(
         name=run.run_dir.resolve().name,
-        status=status(run),
         run=run,
+        planned=(yaml.safe_load(run.config_text) or {}).get("policy", {}).get("num_updates", 0),
         pictures=pictures,
-        summary=list(summary_facts(summary_of(run.metrics))),
+        summary=summary_of(run.metrics),
         windows=correction_windows(run),
-        machine=list(machine_facts(run.metrics)),
-        incidents=[event for event in run.events if event["event"] in INCIDENTS],
+        measured=measured(run.metrics),
         sample_steps=steps,
         samples=samples,
     )
@@ -93,38 +74,12 @@ def figure_text(value: float | None, digits: int = 3) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
-def status(run: Run) -> str:
-    """Whether the run is finished, in words."""
-    import yaml
-
-    done = summary_of(run.metrics)["steps"]
-    policy = (yaml.safe_load(run.config_text) or {}).get("policy", {})
-    planned = policy.get("num_updates", done)
-    if not run.metrics:
-        return "No policy update yet."
-    return (
-        f"Finished: {done} policy updates." if done >= planned else f"Unfinished: {done} of {planned} policy updates."
-    )
-
-
-def summary_facts(summary: Mapping[str, Any]) -> Iterator[Fact]:
-    """What ``summary.json`` has measured."""
-    for key, name, note in SUMMARY:
-        if summary[key] is not None:
-            yield name, figure_text(summary[key]), note
-
-
-def machine_facts(metrics: Sequence[Row]) -> Iterator[Fact]:
-    """Step time, waits, idle pools and the sampler's agreement with the trainer, as far as they were measured."""
-    for key, reduce, name, note in MEASURES:
-        values = column(metrics, key)
-        if np.isfinite(values).any():
-            total = float(reduce(values[np.isfinite(values)]))
-            yield name, figure_text(int(total) if key.startswith("num_") else total), note
-    for pool in POOLS:
-        idle = column(metrics, "idle_share", pool)
-        if np.isfinite(idle).any():
-            yield f"Idle: {pool}", f"{np.nanmean(idle):.1%}", "mean share of wall time with no request in the pool"
+def measured(metrics: Sequence[Row]) -> dict[str, float]:
+    """The columns of ``REDUCTIONS`` over the run, and each pool's mean idle share, as far as they were measured."""
+    columns = {key: column(metrics, key) for key in REDUCTIONS}
+    columns |= {pool: column(metrics, "idle_share", pool) for pool in POOLS}
+    known = {key: values[np.isfinite(values)] for key, values in columns.items()}
+    return {key: float(REDUCTIONS.get(key, np.mean)(values)) for key, values in known.items() if values.size}
 
 
 def shown_samples(samples: Sequence[Row]) -> tuple[list[int], list[tuple[str, list[Row | None]]]]:

@@ -20,9 +20,9 @@ def interleaved(pairs: Seq[Pair]) -> list[Sequence]:
     return [sequence for pair in pairs for sequence in (pair.chosen, pair.rejected)]
 
 
-def pair_table(pairs: Seq[Pair], pad_id: int) -> SequenceTable:
+def pair_table(pairs: Seq[Pair], pad_id: int, share_prompts: bool) -> SequenceTable:
     """The pairs' 2N sequences, as tensors are cut from them."""
-    return SequenceTable(interleaved(pairs), pad_id)
+    return SequenceTable(interleaved(pairs), pad_id, share_prompts)
 
 
 def pair_rows(indices: IntArray) -> IntArray:
@@ -31,9 +31,9 @@ def pair_rows(indices: IntArray) -> IntArray:
 
 
 def pair_lengths(table: SequenceTable) -> IntArray:
-    """Tokens [N] of each pair, both its sequences together."""
+    """Tokens [N] of each pair, both its sequences together, and the prompt once where it is shared."""
     lengths: IntArray = table.lengths.reshape(-1, 2).sum(axis=1)
-    return lengths
+    return lengths - table.prompt_lengths[::2] if table.share_prompts else lengths
 
 
 def weighted_pair_loss(scores: Tensor, weights: Tensor | None, batch_size: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ocrm_ray.pools import RewardPool, ScoringPool
 from ocrm_ray.records import Rollout, Scores
@@ -39,16 +40,21 @@ class RolloutScorer:
         self._scoring = scoring
         self._reward = reward
         self._staged: ScoreVersions | None = None
-        self._staged_scores: dict[str, tuple[Scores, ...]] = {}
+        self._staged_scores: dict[str, list[tuple[Scores, ...]]] = {}
         self._scoring_now = asyncio.Lock()
 
     async def score(self, rollouts: Mapping[str, Rollout]) -> dict[str, Rollout]:
         """Scored under the live pair, and under a staged candidate where there is one."""
         async with self._scoring_now:
-            live = self.live
-            scores, _ = await asyncio.gather(self._scores(rollouts, live), self._score_staged(rollouts))
-            await self._score_staged(rollouts)
-        return {key: rollout.with_scores(scores[key]) for key, rollout in rollouts.items()}
+            live, staged = self.live, self._staged
+            scores, changes = await asyncio.gather(
+                self._scores(rollouts, live), self._changes(rollouts, live, staged or live)
+            )
+            scored = {key: rollout.with_scores(scores[key]) for key, rollout in rollouts.items()}
+            if staged is not None:
+                self._keep(scored, changes)
+            await self._score_staged(scored)
+        return scored
 
     async def stage(self, versions: ScoreVersions, queue: Mapping[str, Rollout]) -> None:
         """Score the queue under a candidate, and every rollout scored from now on.
@@ -81,24 +87,57 @@ class RolloutScorer:
 
     def _current(self, key: str, rollout: Rollout) -> Rollout | None:
         assert rollout.scores is not None
-        for scores in (rollout.scores, self._staged_scores.get(key)):
-            if scores is not None and self.live.scored(scores):
+        for scores in (rollout.scores, *self._staged_scores.get(key, [])):
+            if self.live.scored(scores):
                 return rollout.with_scores(scores)
         return None
 
     async def _score_staged(self, rollouts: Mapping[str, Rollout]) -> None:
-        """Score what the staged candidate, if there is one, has not scored yet."""
+        """Score rollouts that have live scores under the staged candidate, if there is one, where that is not done."""
         staged = self._staged
-        if staged is not None and staged.pair != self.live.pair:
-            missing = {key: r for key, r in rollouts.items() if not staged.scored(self._staged_scores.get(key, ()))}
-            self._staged_scores |= await self._scores(missing, staged)
+        if staged is None:
+            return
+        current = {key: self._current(key, rollout) for key, rollout in rollouts.items()}
+        missing = {
+            key: rollout
+            for key, rollout in current.items()
+            if rollout is not None and not any(map(staged.scored, self._staged_scores.get(key, [])))
+        }
+        self._keep(missing, await self._changes(missing, self.live, staged))
+
+    def _keep(self, scored: Mapping[str, Rollout], changes: Mapping[str, list[dict[str, Any]]]) -> None:
+        for key, rollout in scored.items():
+            pairs = zip(rollout.scores or (), changes[key], strict=True)
+            scores = tuple(replace(score, **change) for score, change in pairs)
+            self._staged_scores.setdefault(key, []).append(scores)
+
+    async def _changes(
+        self, rollouts: Mapping[str, Rollout], live: ScoreVersions, candidate: ScoreVersions
+    ) -> dict[str, list[dict[str, Any]]]:
+        """For each sample the fields of its live scores that the candidate changes; nothing else is computed."""
+        sequences = [sequence for rollout in rollouts.values() for sequence in rollout.sequences]
+        changes: list[dict[str, Any]] = [{} for _ in sequences]
+
+        async def rewards() -> None:
+            for change, reward in zip(changes, await self._reward.score(sequences, candidate.reward_slot), strict=True):
+                change |= {"reward": float(reward), "reward_version": candidate.reward_version}
+
+        async def anchors() -> None:
+            (rows,) = await self._scoring.score(sequences, (candidate.anchor_slot,))
+            for change, row in zip(changes, rows, strict=True):
+                change |= {"anchor_logprobs": row, "anchor_version": candidate.anchor_version}
+
+        is_other = (candidate.reward_version != live.reward_version, candidate.anchor_version != live.anchor_version)
+        if sequences:
+            await asyncio.gather(*(part() for part, other in zip((rewards, anchors), is_other, strict=True) if other))
+        rest = iter(changes)
+        return {key: [next(rest) for _ in rollout.samples] for key, rollout in rollouts.items()}
 
     async def _scores(self, rollouts: Mapping[str, Rollout], versions: ScoreVersions) -> dict[str, tuple[Scores, ...]]:
         sequences = [sequence for rollout in rollouts.values() for sequence in rollout.sequences]
-        if not sequences:
-            return {}
         (anchor, sft), rewards = await asyncio.gather(
-            self._scoring.score(sequences, versions.anchor_slot), self._reward.score(sequences, versions.reward_slot)
+            self._scoring.score(sequences, (versions.anchor_slot, "sft")),
+            self._reward.score(sequences, versions.reward_slot),
         )
         scores = (
             Scores(float(reward), versions.reward_version, anchor_logprobs, versions.anchor_version, sft_logprobs)

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ocrm_ray.errors import Problem, UserError
+from ocrm_ray.data_files import BrokenLineError, json_rows
+from ocrm_ray.errors import mistake
 
 Row: TypeAlias = dict[str, Any]
 Column: TypeAlias = npt.NDArray[np.float64]
@@ -40,11 +41,6 @@ class Run:
     def has_gold(self) -> bool:
         return any(row.get("gold_mean") is not None for row in self.metrics)
 
-    @property
-    def end_s(self) -> float:
-        """Seconds from the run's start to the last thing it wrote."""
-        return max((float(row["time_s"]) for row in (*self.metrics, *self.events)), default=0.0)
-
 
 @dataclass
 class CorrectionWindow:
@@ -64,6 +60,7 @@ class CorrectionWindow:
     num_rollouts_finished: int | None = None
 
 
+PHASE_ENDS = {"ratios_scored": "scored_s", "refit_finished": "refitted_s"}
 OUTCOMES = {"promoted": "promoted", "correction_failed": "failed", "resumed": "cut off"}
 PROMOTED_FIELDS = ("reward_version", "policy_version", "ess_fraction", "lag_steps", "num_rollouts_finished")
 
@@ -75,34 +72,33 @@ class JsonlWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self.close = self._file.close
 
     def write(self, row: Mapping[str, object]) -> None:
         """Numpy numbers and arrays become Python's, paths text."""
-        finite = json.loads(json.dumps(dict(row), default=_plain), parse_constant=lambda _: None)
-        self._file.write(json.dumps(finite, allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _plain(value: object) -> object:
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
+        plain = json.dumps(dict(row), default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
+        finite = json.loads(plain, parse_constant=lambda _: None)
+        self._file.write(json.dumps(finite, ensure_ascii=False) + "\n")
 
 
 def read_jsonl(path: Path) -> list[Row]:
     """Rows of a JSON Lines file, [] where there is none. UserError for a broken line that is not the last."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    content = path.read_bytes() if path.exists() else b""
     rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                got = f"a line that is not JSON ({error.msg})"
-                raise UserError([Problem(f"{path}:{number}", got, "one object a line", "repair the file")]) from error
+    try:
+        for row in json_rows(content.split(b"\n")):
+            rows.append(row)
+    except BrokenLineError as error:
+        if error.line <= content.count(b"\n"):
+            got = f"a line that is not JSON ({error.reason})"
+            raise mistake(f"{path}:{error.line}", got, "one object a line", "repair the file") from error
     return rows
+
+
+def last_time_s(*files: Iterable[Row]) -> float:
+    """The largest ``time_s`` of all rows; 0 of none."""
+    return max((float(row["time_s"]) for rows in files for row in rows), default=0.0)
 
 
 def rewound(rows: Iterable[Row]) -> list[Row]:
@@ -120,7 +116,7 @@ def read_run(run_dir: Path) -> Run:
     config_path, metrics_path = run_dir / "config.yaml", run_dir / "metrics.jsonl"
     if not config_path.is_file() and not metrics_path.is_file():
         got = "a folder without config.yaml and metrics.jsonl" if run_dir.is_dir() else "no such folder"
-        raise UserError([Problem(str(run_dir), got, "a run folder", "name the folder that `ocrm-ray run` wrote")])
+        raise mistake(str(run_dir), got, "a run folder", "name the folder that `ocrm-ray run` wrote")
     return Run(
         run_dir=run_dir,
         config_text=config_path.read_text(encoding="utf-8") if config_path.is_file() else "",
@@ -142,17 +138,15 @@ def correction_windows(run: Run) -> list[CorrectionWindow]:
     for event in run.events:
         name, now = event["event"], float(event["time_s"])
         if name == "correction_started":
-            windows.append(CorrectionWindow(now, run.end_s, event.get("snapshot_version")))
+            end_s = last_time_s(run.metrics, run.events)
+            windows.append(CorrectionWindow(now, end_s, event.get("snapshot_version")))
         if not windows or windows[-1].outcome != "in flight":
             continue
         window = windows[-1]
-        if name == "ratios_scored":
-            window.scored_s = now
-        elif name == "refit_finished":
-            window.refitted_s = now
-        elif name in OUTCOMES:
+        if name in PHASE_ENDS:
+            setattr(window, PHASE_ENDS[name], now)
+        if name in OUTCOMES:
             window.outcome, window.ended_s = OUTCOMES[name], now
-        if name == "promoted":
-            for key in PROMOTED_FIELDS:
-                setattr(window, key, event.get(key))
+        for key in PROMOTED_FIELDS if name == "promoted" else ():
+            setattr(window, key, event.get(key))
     return windows

@@ -4,11 +4,15 @@ Each leaves its result in a folder of its own and is skipped while that is there
 where the configuration names a ready one. What needs a network is done by the ``Cluster``.
 """
 
-import asyncio
+import functools
+import hashlib
 import itertools
+import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +24,66 @@ from ocrm_ray.data_files import read_rows
 from ocrm_ray.networks import load_tokenizer
 from ocrm_ray.pair_sampling import sample_pairs
 from ocrm_ray.praise import write_world
-from ocrm_ray.preferences import Pair, load_pairs, read_pairs, split_pairs, write_pairs
+from ocrm_ray.preferences import load_pairs, split_pairs, write_pairs
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.prompts import load_prompts, read_prompts, split_prompts, write_prompts
 from ocrm_ray.records import FloatArray, Prompt
-from ocrm_ray.stage_folder import StageFolder, file_fingerprint
 from ocrm_ray.strategies import make_strategy
 
 logger = logging.getLogger(__name__)
+
+MARKER = "stage.json"
+
+
+def fingerprint(inputs: Mapping[str, object]) -> str:
+    """SHA-256 of what a result depends on, as canonical JSON."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_fingerprint(name: str) -> str:
+    """Of a data file its content, of a model folder its files' names, sizes and times; a Hub name stands for itself."""
+    path = Path(name)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if path.is_dir():
+        stats = {str(file.relative_to(path)): file.stat() for file in sorted(path.rglob("*")) if file.is_file()}
+        return fingerprint({file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()})
+    return name
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage's result. ``begin`` empties the folder; ``finish`` marks it complete, last and atomically."""
+
+    path: Path
+    inputs: Mapping[str, object]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.inputs)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ``finish`` wrote; {} before."""
+        marker = self.path / MARKER
+        return dict(json.loads(marker.read_text())) if marker.is_file() else {}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the result is there, complete, and made from these inputs."""
+        return self.facts.get("fingerprint") == self.fingerprint
+
+    def begin(self) -> None:
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+
+    def finish(self, **facts: object) -> None:
+        marker = self.path / MARKER
+        staged = marker.with_suffix(".tmp")
+        staged.write_text(json.dumps({"fingerprint": self.fingerprint, **facts}, indent=2, default=str) + "\n")
+        os.replace(staged, marker)
 
 
 @dataclass(frozen=True)
@@ -41,14 +97,6 @@ class StagePaths:
     reward_base: str
     """What the first reward model starts from."""
     reward: str
-
-    @property
-    def train_pairs(self) -> Path:
-        return self.root / "pairs" / "train.jsonl"
-
-    @property
-    def heldout_pairs(self) -> Path:
-        return self.root / "pairs" / "heldout.jsonl"
 
 
 def stage_paths(config: RunConfig) -> StagePaths:
@@ -72,6 +120,7 @@ class Stages:
         self.paths = stage_paths(config)
         self.cluster = cluster
         self.show = show
+        self.folder = functools.cache(self._folder)
 
     async def run(self) -> None:
         """All stages, up to and including the first reward model and, where ratios are needed, its log-probs."""
@@ -82,7 +131,7 @@ class Stages:
         await self._stage("reward", self.config.reward.ready is None, self._reward)
         await self._stage("logprobs", make_strategy(self.config.correction).needs_ratios, self._logprobs)
 
-    def folder(self, name: str) -> StageFolder:
+    def _folder(self, name: str) -> StageFolder:
         """The folder of a stage, fingerprinted by its own settings, the files it reads, and the stages before it."""
         return StageFolder(self.paths.root / name, self._inputs(name))
 
@@ -105,12 +154,8 @@ class Stages:
             return {"pairs": config.pairs, "sampler": sampler, "read": content, "sft": self.folder("sft").fingerprint}
         if name == "reward":
             base = file_fingerprint(config.reward.base) if config.reward.base else None
-            return {
-                "training": config.reward.training,
-                "base": base,
-                "dtype": config.pools.reward.dtype,
-                "pairs": self.folder("pairs").fingerprint,
-            }
+            training, dtype, pairs = config.reward.training, config.pools.reward.dtype, self.folder("pairs").fingerprint
+            return {"training": training, "base": base, "dtype": dtype, "pairs": pairs}
         assert name == "logprobs"
         behaviour = (file_fingerprint(config.pairs.behaviour), config.pairs.temperature, config.pools.scoring.dtype)
         return {"behaviour": behaviour, "pairs": self.folder("pairs").fingerprint}
@@ -120,37 +165,31 @@ class Stages:
             return self.folder("world").fingerprint
         return file_fingerprint(self.config.sft.ready or self.paths.policy_base)
 
-    async def _stage(self, name: str, is_needed: bool, work: "Callable[[StageFolder], object]") -> None:
+    async def _stage(
+        self, name: str, is_needed: bool, work: Callable[[StageFolder], Awaitable[Mapping[str, object]]]
+    ) -> None:
         folder = self.folder(name)
-        if not is_needed or folder.is_done:
-            return
-        self.show(ProgressState(stage=name))
-        folder.begin()
-        facts = work(folder)
-        if asyncio.iscoroutine(facts):
-            facts = await facts
-        assert isinstance(facts, dict)
-        folder.finish(**facts)
-        logger.info("stage %s is done: %s", name, facts)
+        if is_needed and not folder.is_done:
+            self.show(ProgressState(stage=name))
+            folder.begin()
+            facts = await work(folder)
+            folder.finish(**facts)
+            logger.info("stage %s is done: %s", name, facts)
 
-    def _world(self, folder: StageFolder) -> dict[str, object]:
+    async def _world(self, folder: StageFolder) -> dict[str, object]:
         assert self.config.world is not None
         write_world(folder.path, self.config.world, self.config.seed)
         return {}
 
-    def _data(self, folder: StageFolder) -> dict[str, object]:
-        data = self.config.data
-        if data.prompts is None:
-            data = data.model_copy(update={"prompts": DataFile(path=str(self.paths.root / "world" / "prompts.jsonl"))})
-        assert data.prompts is not None
-        rows = read_rows(data.prompts, "data.prompts")
-        prompts, report = load_prompts(data, rows, self._tokenizer())
+    async def _data(self, folder: StageFolder) -> dict[str, int]:
+        data, world = self.config.data, self.config.world
+        source = data.prompts or DataFile(path=str(self.paths.root / "world" / "prompts.jsonl"))
+        prompts, counts = load_prompts(data, read_rows(source, "data.prompts"), self._tokenizer())
         # the world numbers its prompts in random order already, and promises the last ones
-        seed = None if self.config.world is not None else self.config.seed
-        training, heldout = split_prompts(prompts, data.num_heldout, seed)
+        training, heldout = split_prompts(prompts, data.num_heldout, None if world else self.config.seed)
         write_prompts(folder.path / "prompts.jsonl", training)
         write_prompts(folder.path / "heldout.jsonl", heldout)
-        return asdict(report)
+        return counts
 
     def _tokenizer(self) -> Any:
         source = self.config.sft.ready or self.paths.policy_base
@@ -161,21 +200,18 @@ class Stages:
         return {}
 
     async def _pairs(self, folder: StageFolder) -> dict[str, object]:
-        pairs, facts = self._ready_pairs() if self.config.pairs.ready else await self._sampled_pairs()
-        training, heldout = split_pairs(pairs, self.config.pairs.heldout_share, self.config.seed)
+        config = self.config
+        counts: Mapping[str, object]
+        if config.pairs.ready:
+            rows = read_rows(config.pairs.ready, "pairs.ready")
+            pairs, counts = load_pairs(config.data, rows, self._tokenizer(), config.rollout.max_new_tokens)
+        else:
+            prompts, tokenizer = self.training_prompts(), self._tokenizer()
+            pairs, counts = await sample_pairs(config, self.cluster, prompts, tokenizer, self.show)
+        training, heldout = split_pairs(pairs, config.pairs.heldout_share, config.seed)
         write_pairs(folder.path / "train.jsonl", training)
         write_pairs(folder.path / "heldout.jsonl", heldout)
-        return {"num_training": len(training), "num_heldout": len(heldout), **facts}
-
-    def _ready_pairs(self) -> tuple[list[Pair], dict[str, object]]:
-        settings = self.config.pairs
-        assert settings.ready is not None
-        rows = read_rows(settings.ready, "pairs.ready")
-        pairs, report = load_pairs(self.config.data, rows, self._tokenizer(), self.config.rollout.max_new_tokens)
-        return pairs, asdict(report)
-
-    async def _sampled_pairs(self) -> tuple[list[Pair], dict[str, object]]:
-        return await sample_pairs(self.config, self.cluster, self.training_prompts(), self._tokenizer(), self.show)
+        return {"num_training": len(training), "num_heldout": len(heldout), **counts}
 
     async def _reward(self, folder: StageFolder) -> dict[str, object]:
         return await self.cluster.train_reward(self.show)
@@ -183,8 +219,7 @@ class Stages:
     async def _logprobs(self, folder: StageFolder) -> dict[str, object]:
         from safetensors.numpy import save_file
 
-        num_pairs = len(read_pairs(self.paths.train_pairs))
-        logprobs = await self.cluster.behaviour_logprobs(num_pairs, self.show)
+        logprobs = await self.cluster.behaviour_logprobs(self.num_training_pairs(), self.show)
         save_file({"logprobs": logprobs}, folder.path / "behaviour.safetensors")
         return {"mean": float(logprobs.mean())}
 
@@ -193,6 +228,10 @@ class Stages:
 
     def heldout_prompts(self) -> list[Prompt]:
         return read_prompts(self.paths.root / "data" / "heldout.jsonl")
+
+    def num_training_pairs(self) -> int:
+        """As the pair stage counted them."""
+        return int(self.folder("pairs").facts["num_training"])
 
     def behaviour_logprobs(self) -> FloatArray | None:
         """What the last stage left; None where no ratio is needed."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ocrm_ray.metered import ROLLOUT_SCORING
+from ocrm_ray.metered import PUBLISHING, ROLLOUT_SCORING
 from ocrm_ray.metrics import BusyMeter, StepRecord
 from ocrm_ray.records import Rollout, UpdateReport
 from ocrm_ray.rollout_scoring import ScoreVersions
@@ -19,6 +19,8 @@ class StepTimes:
     idle_share: Mapping[str, float]
     scoring_s: float
     """While rollouts were being scored."""
+    publishing_s: float
+    """While engines took new weights."""
 
     @property
     def stage_s(self) -> dict[str, float]:
@@ -27,7 +29,7 @@ class StepTimes:
             "generate": self.step_s * (1 - self.idle_share["generation"]),
             "score": self.scoring_s,
             "train": self.section_s.get("train", 0.0),
-            "publish": self.section_s.get("publish", 0.0),
+            "publish": self.publishing_s,
         }
 
 
@@ -56,8 +58,8 @@ class StepClock:
         now = self.clock()
         step_s = now - self.started
         idle_share = {name: meter.idle_share_since_last() for name, meter in self.meters.items()}
-        scoring_s = step_s * (1 - idle_share.pop(ROLLOUT_SCORING))
-        times = StepTimes(step_s, self.section_s, idle_share, scoring_s)
+        scoring_s, publishing_s = (step_s * (1 - idle_share.pop(name)) for name in (ROLLOUT_SCORING, PUBLISHING))
+        times = StepTimes(step_s, self.section_s, idle_share, scoring_s, publishing_s)
         self.started, self.section_s = now, {}
         return times
 
@@ -109,5 +111,6 @@ def step_record(
         staleness_mean=sum(used_version - rollout.first_version for rollout in batch) / len(batch),
         rollout_wait_s=times.section_s.get("rollout_wait_s", 0.0),
         correction_wait_s=times.section_s.get("correction_wait_s", 0.0),
+        publish_wait_s=times.section_s.get("publish_wait_s", 0.0),
         **counts,  # type: ignore[arg-type]
     )

@@ -4,11 +4,11 @@ The coordinator supplies the needs and does not know which strategy it runs.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
-from ocrm_ray.algorithm.importance import PairWeights, pair_weights
+from ocrm_ray.algorithm.importance import PairWeights, WeightRule, pair_weights
 from ocrm_ray.config import Correction, Weights
 from ocrm_ray.records import FloatArray
 
@@ -58,15 +58,8 @@ class ImportanceWeighted:
     needs_ratios: bool = True
 
     def weights(self, policy: FloatArray, behaviour: FloatArray) -> PairWeights:
-        return pair_weights(
-            torch.from_numpy(policy),
-            torch.from_numpy(behaviour),
-            formula=self.settings.formula,
-            alpha=self.settings.alpha,
-            m=self.settings.m,
-            clip=self.settings.clip,
-            normalise=self.settings.normalise,
-        )
+        rule = cast(WeightRule, self.settings.model_dump())
+        return pair_weights(torch.from_numpy(policy), torch.from_numpy(behaviour), **rule)
 
 
 def make_strategy(correction: Correction) -> Strategy:

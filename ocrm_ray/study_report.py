@@ -1,12 +1,13 @@
 """A study's table, picture and page: arms compared over seeds, from the run folders of a study folder."""
 
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ocrm_ray.errors import Problem, UserError
+from ocrm_ray.errors import mistake
 from ocrm_ray.metrics import summary_of
 from ocrm_ray.plots import draw_study, save
 from ocrm_ray.report import NOT_MEASURED, figure_text, load_template
@@ -40,17 +41,14 @@ def write_study(study_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> P
 
     Runs that are not there yet are named as missing. UserError where there is none at all.
     """
-    runs = {
-        arm: {
-            seed: read_run(study_dir / arm / f"seed-{seed}")
-            for seed in seeds
-            if (study_dir / arm / f"seed-{seed}" / "metrics.jsonl").is_file()
-        }
-        for arm in arms
-    }
+    runs: dict[str, dict[int, Run]] = {arm: {} for arm in arms}
+    for arm, seed in itertools.product(arms, seeds):
+        folder = study_dir / arm / f"seed-{seed}"
+        if (folder / "metrics.jsonl").is_file():
+            runs[arm][seed] = read_run(folder)
     if not any(runs.values()):
         need = "ARM/seed-N/ run folders of the study's arms and seeds"
-        raise UserError([Problem(str(study_dir), "none of the study's runs", need, "run `ocrm-ray study` first")])
+        raise mistake(str(study_dir), "none of the study's runs", need, "run `ocrm-ray study` first")
     study = summarise_study(study_dir.resolve().name, runs, seeds)
     (study_dir / "study.json").write_text(json.dumps(study, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     save(draw_study({arm: list(found.values()) for arm, found in runs.items() if found}), study_dir / "study.png")
@@ -81,11 +79,9 @@ def run_figures(run: Run) -> dict[str, Any]:
     """The run's summary, the share of its gold peak that is left, and its corrections' mean ESS and lag."""
     summary = summary_of(run.metrics)
     peak, gold = summary["gold_peak"], summary["gold_mean"]
-    promoted = [window for window in correction_windows(run) if window.outcome == "promoted"]
-    means = {}
-    for key in ("ess_fraction", "lag_steps"):
-        values = [getattr(window, key) for window in promoted if getattr(window, key) is not None]
-        means[key] = statistics.fmean(values) if values else None
+    promoted = [vars(window) for window in correction_windows(run) if window.outcome == "promoted"]
+    known = {key: [row[key] for row in promoted if row[key] is not None] for key in ("ess_fraction", "lag_steps")}
+    means = {key: statistics.fmean(values) if values else None for key, values in known.items()}
     share = gold / peak if peak is not None and gold is not None and peak > 0 else None
     return {**summary, "gold_share_of_peak": share, "corrections": len(promoted), **means}
 

@@ -50,10 +50,20 @@ class ProbeResult:
     within: bool
 
 
-class WeightPublisher:
-    """Brings the policy's weights into the engines and keeps their files as long as someone reads them.
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """Weights on their way; ``trainer``: their log-probs of the probe's sequences, where a probe is due."""
 
-    ``publish`` must not run beside a policy update: the probe compares the engines with the trainer's weights.
+    weights: PolicyWeights
+    trainer: tuple[FloatArray, ...] | None
+    seconds: float
+
+
+class WeightPublisher:
+    """Brings the policy's weights into the engines and keeps them as long as someone reads them.
+
+    ``export`` between two updates, then ``put_live`` beside the next one, one at a time: with two buffers one is
+    read while the other is written.
     """
 
     def __init__(self, generation: GenerationPool, policy: PolicyPool, probe: Probe, emit: Callable[..., None]) -> None:
@@ -64,9 +74,9 @@ class WeightPublisher:
         self._emit = emit
         self._sequences: tuple[Sequence, ...] = ()
         self._bound: Gap | None = None
-        self._num_publishes = 0
+        self._num_exports = 0
         self._latest: PolicyWeights | None = None
-        self._files: dict[int, PolicyWeights] = {}
+        self._kept: dict[int, PolicyWeights] = {}
         self._holds: Counter[int] = Counter()
         self.last_probe: ProbeResult | None = None
 
@@ -77,68 +87,75 @@ class WeightPublisher:
         """
         assert sequences, "the probe needs at least one sequence"
         self._sequences = tuple(sequences)
-        baseline = await self._measure()
+        baseline = await self._measure(await self._policy.logprobs(self._sequences))
         self._bound = Gap(
             tokens=max(self._probe.factor * baseline.tokens, self._probe.floor),
             cached=max(self._probe.factor * baseline.cached, self._probe.floor),
         )
         return baseline
 
-    async def publish(self) -> PublishReport:
-        """Export the present weights and put them live; probe the first publish and then every ``probe.every``-th.
-
-        A probe over its bound puts the file live once more. Raises StaleWeightsError if the next probe is over it too.
-        """
-        assert self._bound is not None, "start() comes before publish()"
+    async def export(self) -> Exported:
+        """The present weights; also how the trainer scores the probe, for the first export and every ``every``-th."""
+        assert self._bound is not None, "start() comes before export()"
         started = time.monotonic()
         weights = await self._policy.export_weights()
-        report = await self._load(weights, started)
-        due = self._num_publishes % self._probe.every == 0
-        self._num_publishes += 1
-        if due and not (await self._run_probe(weights.version)).within:
-            report = await self._load(weights, time.monotonic())
-            result = await self._run_probe(weights.version)
+        is_due = self._num_exports % self._probe.every == 0
+        trainer = tuple(await self._policy.logprobs(self._sequences)) if is_due else None
+        self._num_exports += 1
+        previous, self._latest = self._latest, weights
+        self._kept[weights.version] = weights
+        self._holds[weights.version] = 2  # as the latest, and until it is live
+        if previous is not None:
+            await self.release(previous.version)
+        return Exported(weights, trainer, time.monotonic() - started)
+
+    async def put_live(self, exported: Exported) -> PublishReport:
+        """Load exported weights into every engine, and probe them where that is due.
+
+        A probe over its bound loads them once more. Raises StaleWeightsError if the next probe is over it too.
+        """
+        weights = exported.weights
+        report = await self._load(exported)
+        if exported.trainer is not None and not (await self._run_probe(weights.version, exported.trainer)).within:
+            report = await self._load(exported)
+            result = await self._run_probe(weights.version, exported.trainer)
             if not result.within:
                 raise StaleWeightsError(_stale_message(result))
-        self._latest = weights
-        self._files[weights.version] = weights
-        await self._delete_unheld()
+        await self.release(weights.version)
         return report
 
     def hold(self) -> PolicyWeights:
-        """Keep the file of the latest published version until ``release`` is called as often as ``hold`` was."""
-        assert self._latest is not None, "nothing is published yet"
+        """Keep the weights exported last until ``release`` is called as often as ``hold`` was."""
+        assert self._latest is not None, "nothing is exported yet"
         self._holds[self._latest.version] += 1
         return self._latest
 
     async def release(self, version: int) -> None:
-        """Give a hold back; the file goes when nobody holds it and a later version is published."""
+        """Give a hold back; without any the weights' place is free for later ones."""
         assert self._holds[version] > 0, f"version {version} is not held"
         self._holds[version] -= 1
-        await self._delete_unheld()
+        if not self._holds[version]:
+            await self._policy.release_weights(self._kept.pop(version))
 
-    async def _load(self, weights: PolicyWeights, started: float) -> PublishReport:
-        loaded = await self._generation.load_weights(weights)
-        report = replace(loaded, seconds=time.monotonic() - started)
+    async def _load(self, exported: Exported) -> PublishReport:
+        weights, started = exported.weights, time.monotonic()
+        report, _ = await asyncio.gather(self._generation.load_weights(weights), self._policy.send_weights(weights))
+        report = replace(report, seconds=exported.seconds + time.monotonic() - started)
         self._emit(
             "weights_published",
             policy_version=weights.version,
             bytes=weights.num_bytes,
             seconds=report.seconds,
+            export_s=exported.seconds,
+            transfer_s=report.transfer_s,
+            repack_s=report.repack_s,
             pause_s=report.pause_s,
         )
         return report
 
-    async def _delete_unheld(self) -> None:
-        assert self._latest is not None
-        unheld = [version for version in self._files if not self._holds[version] and version != self._latest.version]
-        # taken out before the first await: a release may come while a publish deletes
-        for weights in [self._files.pop(version) for version in unheld]:
-            await self._policy.release_weights(weights)
-
-    async def _run_probe(self, version: int) -> ProbeResult:
+    async def _run_probe(self, version: int, trainer: Seq[FloatArray]) -> ProbeResult:
         assert self._bound is not None
-        gap = await self._measure()
+        gap = await self._measure(trainer)
         pairs = [(gap.tokens, self._bound.tokens), (gap.cached, self._bound.cached)]
         # a gap of NaN is not within any bound, and is reported rather than hidden by a finite one
         worst, bound = max(pairs, key=lambda pair: pair[0] / pair[1] if np.isfinite(pair[0]) else np.inf)
@@ -147,10 +164,8 @@ class WeightPublisher:
         self._emit("probe_measured", policy_version=version, gap=result.gap, bound=result.bound)
         return result
 
-    async def _measure(self) -> Gap:
-        engine, trainer = await asyncio.gather(
-            self._generation.score(self._sequences), self._policy.logprobs(self._sequences)
-        )
+    async def _measure(self, trainer: Seq[FloatArray]) -> Gap:
+        engine = await self._generation.score(self._sequences)
         engines = [engine[start : start + len(trainer)] for start in range(0, len(engine), len(trainer))]
         gaps = [self._gap(answers, trainer) for answers in engines]
         # numpy's maximum, which a NaN wins

@@ -110,10 +110,10 @@ class DummyScorer:
     def close(self):
         pass
 
-    def score(self, sequences, anchor):
-        anchor_value = {"live": 1.0}.get(anchor, 2.0)
+    def score(self, sequences, models):
         sft = [np.array([sequence.response_ids[0], self.number], dtype=np.float32) for sequence in sequences]
-        return [np.full(1, anchor_value, dtype=np.float32)] * len(sequences), sft
+        anchors = {"live": [np.ones(1)] * len(sequences), "staged": [np.full(1, 2.0)] * len(sequences)}
+        return [(anchors | {"sft": sft})[model] for model in models]
 
     def load_snapshot(self, weights):
         self.snapshot = weights.version

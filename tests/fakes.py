@@ -85,6 +85,8 @@ class FakePolicy:
     updates: list[tuple[float, list[Rollout]]] = field(default_factory=list)
     commits: list[tuple[float, str, int]] = field(default_factory=list)
     saved: list[tuple[str, int]] = field(default_factory=list)
+    exported: list[int] = field(default_factory=list)
+    most_exported: int = 0
     fail_at: int | None = None
 
     async def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
@@ -103,9 +105,14 @@ class FakePolicy:
         return UpdateReport(self.version, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0)
 
     async def export_weights(self) -> PolicyWeights:
+        self.exported.append(self.version)
+        self.most_exported = max(self.most_exported, len(self.exported))
         return PolicyWeights(self.version, Path(f"/nowhere/policy-v{self.version}"), 8)
 
-    async def release_weights(self, weights: PolicyWeights) -> None: ...
+    async def send_weights(self, weights: PolicyWeights) -> None: ...
+
+    async def release_weights(self, weights: PolicyWeights) -> None:
+        self.exported.remove(weights.version)
 
     async def logprobs(self, sequences: Seq[Sequence]) -> list[np.ndarray]:
         return [np.zeros(len(sequence.response_ids), dtype=np.float32) for sequence in sequences]
@@ -131,12 +138,14 @@ class FakeScoring:
     staged: dict[str, int] = field(default_factory=dict)
     promoted: str = "live"
     snapshots: list[int] = field(default_factory=list)
+    scored: list[tuple[str, int]] = field(default_factory=list)
 
-    async def score(self, sequences: Seq[Sequence], anchor: str = "live") -> tuple[list[np.ndarray], list[np.ndarray]]:
-        assert anchor in ("live", self.promoted) or anchor in self.staged
+    async def score(self, sequences: Seq[Sequence], models: Seq[str] = ("live", "sft")) -> list[list[np.ndarray]]:
+        for model in models:
+            assert model in ("live", "sft", self.promoted) or model in self.staged
+            self.scored.append((model, len(sequences)))
         await asyncio.sleep(self.score_s)
-        zeros = [np.zeros(len(sequence.response_ids), dtype=np.float32) for sequence in sequences]
-        return zeros, zeros
+        return [[np.zeros(len(sequence.response_ids), dtype=np.float32) for sequence in sequences] for _ in models]
 
     async def pair_logprobs(self, weights: PolicyWeights | None, indices: np.ndarray) -> np.ndarray:
         await asyncio.sleep(self.ratio_s)
@@ -161,11 +170,13 @@ class FakeReward:
     staged: dict[str, int] = field(default_factory=dict)
     promoted: str = "live"
     refits: list[RefitRequest] = field(default_factory=list)
+    scored: list[tuple[float, str]] = field(default_factory=list)
     num_refitting: int = 0
     fail_refit: bool = False
 
     async def score(self, sequences: Seq[Sequence], slot: str = "live") -> np.ndarray:
         version = self.version if slot in ("live", self.promoted) else self.staged[slot]
+        self.scored.append((asyncio.get_running_loop().time(), slot))
         await asyncio.sleep(self.score_s)
         return np.full(len(sequences), version, dtype=np.float32)
 

@@ -30,13 +30,33 @@ def fused(query, key, value):
 
 
 def with_products(query, key, value):
-    return attention._Causal.apply(query, key, value, 0.3)
+    return attention._Causal.apply(query, key, value, None, 0.3)
+
+
+def two_responses_to_one_prompt(num_rows):
+    """[num_rows, 1, 20, 20]: 6 tokens of prompt, then 9 of one response and 5 of the other."""
+    part = torch.tensor([0] * 6 + [1] * 9 + [2] * 5)
+    return ((part[:, None] == part) | (part == 0)).tril().expand(num_rows, 1, 20, 20)
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 6])
 def test_gradient_is_that_of_attention_in_float64(num_groups):
     expected = gradients(fused, torch.float64, num_groups)
     for gradient, other in zip(gradients(with_products, torch.float64, num_groups), expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.parametrize("num_groups", [2, 6])
+def test_gradient_under_a_mask_is_that_of_attention_in_float64(num_groups):
+    mask = two_responses_to_one_prompt(3)
+    found, expected = (
+        gradients(attend, torch.float64, num_groups)
+        for attend in (
+            lambda *inputs: attention._Causal.apply(*inputs, mask, 0.3),
+            lambda *inputs: scaled_dot_product_attention(*inputs, attn_mask=mask, scale=0.3, enable_gqa=True),
+        )
+    )
+    for gradient, other in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, other)
 
 

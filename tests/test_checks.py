@@ -109,6 +109,10 @@ CONTRADICTIONS = {
     "need at most 1024, as evaluation.num_prompts: lower it",
     "world.num_prompts=1055": "world.num_prompts: got 1055, "
     "need 1056 (data.num_heldout and those of one step) to 116280 (all there are): change it, or data.num_heldout",
+    "world.num_prompts=116281": "world.num_prompts: got 116281, "
+    "need 1056 (data.num_heldout and those of one step) to 116280 (all there are): change it, or data.num_heldout",
+    "world.reward_hidden_size=20": "world.reward_hidden_size: got 20, "
+    "need a multiple of 32, the width of a head: change it",
     "world.policy_hidden_size=48": "world.policy_hidden_size: got 48, "
     "need a multiple of 32, the width of a head: change it",
     "rollout.max_new_tokens=12": "rollout.max_new_tokens: got 12, "

@@ -43,6 +43,9 @@ def launch_with(monkeypatch: pytest.MonkeyPatch, function: Callable[..., object]
     launcher.run = lambda config, resume: function(config, resume) or ""  # type: ignore[attr-defined]
     launcher.run_study = lambda study: function(study) or ""  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "actors.launcher", launcher)
+    rehearsal = ModuleType("actors.rehearsal")
+    rehearsal.rehearse = lambda config: function(config) or "figures"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "actors.rehearsal", rehearsal)
 
 
 def files_below(folder: Path) -> set[tuple[str, int]]:
@@ -68,6 +71,9 @@ MISTAKES = {
     "run run.yaml seed=[": "seed: got invalid YAML (line 1: expected the node content, but found '<stream end>'), "
     "need a YAML value: put it in quotes",
     "run study.yaml": "study.yaml: got a study (it has the key arms), need one run: use ocrm-ray study",
+    "rehearse study.yaml": "study.yaml: got a study (it has the key arms), need one run: use ocrm-ray study",
+    "rehearse run.yaml correction.promote_after=1 correction.max_lag=1": "correction.max_lag: got 1, "
+    "need nothing beside correction.promote_after 1: remove one of the two",
     "study run.yaml": "run.yaml: got a run (no key arms), need a study: use ocrm-ray run, or add arms",
     "study study.yaml seeds=[]": "seeds: got [], need at least one seed, each once: change them",
     "study study.yaml base.policy.gamma=2": f"base.policy.gamma: got 2, {AT_MOST_1}",
@@ -229,6 +235,43 @@ def test_an_interrupted_run_is_status_130(monkeypatch: pytest.MonkeyPatch, capsy
     launch_with(monkeypatch, fail_with(KeyboardInterrupt()))
     assert main(["run", "run.yaml", "seed=1"]) == 130
     assert capsys.readouterr().err == "interrupted\nresume: ocrm-ray run run.yaml --resume seed=1\n"
+
+
+def test_rehearse_takes_a_cluster_that_this_machine_is_not_and_prints_its_figures(
+    workplace: Path,
+    launched: list[tuple[RunConfig]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS")
+    before = files_below(workplace)
+    assert main(["rehearse", "run.yaml", "pools.generation={num_actors: 64, gpus_per_actor: 8}"]) == 0
+    assert capsys.readouterr() == ("figures\n", "")
+    [(config,)] = launched
+    assert config.pools.generation.num_actors == 64
+    assert config.rehearsal is not None
+    assert config.rehearsal.refit_s > 0
+    assert files_below(workplace) == before
+
+
+def test_a_rehearsal_that_fails_tells_its_cause_and_has_no_run_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch_with(monkeypatch, fail_with(DeadlineError("pool generation was not placed within 300 s")))
+    assert main(["rehearse", "run.yaml", "seed=1"]) == 1
+    error, logs, again = capsys.readouterr().err.splitlines()
+    assert error == "error: pool generation was not placed within 300 s"
+    assert logs.startswith("logs of the processes: ")
+    assert again == "again: ocrm-ray rehearse run.yaml seed=1"
+
+
+def test_check_predicts_from_a_rehearsals_durations(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = {"generate": 1.0, "score": 0.1, "reward": 0.1, "train": 0.5}
+    durations = [f"rehearsal.{stage}.item_s={seconds}" for stage, seconds in stages.items()]
+    assert main(["check", "run.yaml", *durations, "rehearsal.refit_s=100", "correction.every=8"]) == 0
+    out = capsys.readouterr().out
+    assert "predicted step: 16 s (generate 4.00 s, score 3.20 s, reward 4.00 s, train 16 s, publish 0.00 s)" in out
+    assert "(ratios 0.00 s + refit 100 s) / 1 refitter <= 8 steps of 16 s = 128 s" in out
 
 
 def test_check_prints_tree_pools_and_step_and_touches_nothing(

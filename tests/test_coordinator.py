@@ -160,9 +160,9 @@ def test_a_failing_task_ends_the_run_with_its_own_error(tmp_path: Path, fakes: o
 def test_a_refit_keeps_the_reward_pool_busy_but_is_no_rollout_scoring(tmp_path: Path) -> None:
     fakes = FakePools(reward=FakeReward(refit_s=lambda n: float("inf")))
     run(tiny_run(), fakes, tmp_path)
-    row = metrics(tmp_path)[-2]
-    assert row["idle_share"]["reward"] == pytest.approx(0.0)  # type: ignore[index]
-    assert row["stage_s"]["score"] == pytest.approx(0.1)  # type: ignore[index]
+    rows = metrics(tmp_path)[-3:-1]  # rollouts of two steps come together
+    assert [row["idle_share"]["reward"] for row in rows] == pytest.approx([0.0, 0.0])  # type: ignore[index]
+    assert sum(row["stage_s"]["score"] for row in rows) == pytest.approx(0.2)  # type: ignore[index, misc]
 
 
 def test_a_failed_correction_is_an_event_with_its_error(tmp_path: Path) -> None:
@@ -197,6 +197,47 @@ def test_generation_and_training_overlap(tmp_path: Path) -> None:
     assert with_s < 0.7 * without_s
 
 
+def test_a_publish_goes_on_beside_the_next_update(tmp_path: Path) -> None:
+    fakes = FakePools(generation=FakeGeneration(publish_s=0.9))
+    run(tiny_run(**{"rollout.max_staleness": 3, "evaluation.every": 100}), fakes, tmp_path)
+    rows = metrics(tmp_path)[5:]
+    assert [row["step_s"] for row in rows] == pytest.approx([1.0] * len(rows))
+    assert [row["publish_wait_s"] for row in rows] == pytest.approx([0.0] * len(rows))
+    assert [row["stage_s"]["publish"] for row in rows] == pytest.approx([0.9] * len(rows))  # type: ignore[index]
+
+
+def test_a_publish_slower_than_an_update_is_waited_for_by_the_next_and_reported(tmp_path: Path) -> None:
+    fakes = FakePools(generation=FakeGeneration(publish_s=3.0))
+    run(tiny_run(**{"rollout.max_staleness": 3, "evaluation.every": 100}), fakes, tmp_path)
+    rows = metrics(tmp_path)[5:]
+    assert [row["step_s"] for row in rows] == pytest.approx([3.0] * len(rows))
+    assert [row["publish_wait_s"] for row in rows] == pytest.approx([2.0] * len(rows))
+
+
+def test_two_copies_of_the_weights_are_enough_where_nothing_holds_one(tmp_path: Path) -> None:
+    fakes = FakePools(generation=FakeGeneration(publish_s=3.0))
+    run(tiny_run(**{"correction.every": 100, "evaluation.every": 100}), fakes, tmp_path)
+    assert fakes.policy.most_exported == 2
+
+
+def test_only_the_reward_is_scored_again_where_only_the_reward_model_changes(tmp_path: Path) -> None:
+    fakes = FakePools()
+    run(tiny_run(**{"evaluation.every": 100}), fakes, tmp_path)
+    assert {model for model, _ in fakes.scoring.scored} == {"live", "sft"}
+    once = 12 * 4 * 2 + 2 * (3 + 1)  # 12 steps, 4 prompts, 2 samples; two evaluations of 3 prompts, one sampled twice
+    assert sum(number for model, number in fakes.scoring.scored if model == "sft") == once
+
+
+def test_a_candidate_that_is_ready_early_scores_rollouts_only_before_its_promotion(tmp_path: Path) -> None:
+    fakes = FakePools(reward=FakeReward(refit_s=lambda n: 0.1))
+    run(tiny_run(**{"correction.promote_after": 3, "policy.num_updates": 8}), fakes, tmp_path)
+    assert [row["policy_version"] for row in events(tmp_path, "promoted")] == [7]
+    (commit_s, _, _) = fakes.policy.commits[0]
+    staged = [time for time, slot in fakes.reward.scored if slot == "snapshot-4" and time < commit_s]
+    assert staged
+    assert min(staged) >= fakes.policy.updates[5][0]
+
+
 def test_a_straggler_at_the_bound_is_waited_for_and_the_seconds_reported(tmp_path: Path) -> None:
     fakes = FakePools(generation=FakeGeneration(seconds=lambda n: 60.0 if n == 5 else 1.0))
     run(tiny_run(), fakes, tmp_path)
@@ -214,7 +255,7 @@ def test_a_straggler_at_the_bound_is_reissued_and_counted(tmp_path: Path) -> Non
 
 def test_every_prompt_is_trained_on_once_and_none_thrown_away(tmp_path: Path) -> None:
     fakes = FakePools(generation=FakeGeneration(seconds=lambda n: 1.0 + (n * 7919 % 13)))
-    run(tiny_run(**{"rollout.max_staleness": 3}), fakes, tmp_path)
+    run(tiny_run(**{"rollout.max_staleness": 3, "evaluation.every": 100}), fakes, tmp_path)
     trained = [rollout.prompt.prompt_id for _, batch in fakes.policy.updates for rollout in batch]
     assert sorted(trained) == sorted(index % 50 for index in range(48))
 

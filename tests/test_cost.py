@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ocrm_ray.config import RunConfig
-from ocrm_ray.cost import UTILISATION, StepCost, cost_lines, measured_cost, predicted_cost
+from ocrm_ray.config import Rehearsal, RunConfig
+from ocrm_ray.cost import UTILISATION, StepCost, cost_lines, measured_cost, predicted_cost, rehearsed_cost, step_cost
 from ocrm_ray.machine import NetworkSizes
 
 SIZES = NetworkSizes(policy=10**9, reward=10**8, vocabulary=50)
@@ -38,7 +38,7 @@ def test_stages_follow_the_operation_counts() -> None:
             "publish": 0.05 + 4e9 / 0.2e9,
         }
     )
-    assert cost.step_s == pytest.approx(cost.stage_s["train"] + cost.stage_s["publish"])
+    assert cost.step_s == pytest.approx(max(cost.stage_s.values()))
 
 
 def test_without_staleness_the_stages_follow_one_another() -> None:
@@ -91,15 +91,18 @@ REMEDY = "lower correction.num_pairs, or give pools.scoring (ratios) and pools.r
 @pytest.mark.parametrize(
     ("correction", "line"),
     [
-        ({"every": 13}, "ratios 15 s + refit 10 s <= 13 steps of 2.00 s = 26 s: they keep up and nothing waits"),
+        (
+            {"every": 13},
+            "(ratios 15 s + refit 10 s) / 1 refitter <= 13 steps of 2.00 s = 26 s: they keep up and nothing waits",
+        ),
         (
             {"every": 12},
-            "ratios 15 s + refit 10 s > 12 steps of 2.00 s = 24 s: they fall behind; "
+            "(ratios 15 s + refit 10 s) / 1 refitter > 12 steps of 2.00 s = 24 s: they fall behind; "
             f"set correction.every to 13, or {REMEDY}",
         ),
         (
             {"every": 20, "promote_after": 5},
-            "ratios 15 s + refit 10 s > 5 steps of 2.00 s = 10 s: training waits 15 s for each; "
+            "(ratios 15 s + refit 10 s) / 1 refitter > 5 steps of 2.00 s = 10 s: training waits 15 s for each; "
             f"set correction.promote_after to 13, or {REMEDY}",
         ),
         (
@@ -133,3 +136,72 @@ def test_an_earlier_run_is_measured(tmp_path: Path) -> None:
     assert measured_cost(config) == StepCost(
         f"measured over 2 steps in {config.run_dir}", {"generate": 1.5, "train": 0.0}, 3.0, ratio_s=3.0, refit_s=5.0
     )
+
+
+REHEARSAL = {
+    "generate": {"item_s": 6.0, "call_s": 2.0, "tail_share": 0.1, "tail_factor": 11.0},
+    "engine_slots": 2,
+    "score": {"item_s": 1.0, "call_s": 0.5},
+    "reward": {"item_s": 0.5},
+    "train": {"item_s": 2.0, "jitter": 0.7},
+    "weights_gib": 3.0,
+    "publish_gib_per_s": 2.0,
+    "pause_s": 0.5,
+    "ratio_s": 15.0,
+    "refit_s": 10.0,
+}
+POOLS = {"generation": {"num_actors": 4}, "scoring": {"num_actors": 2}, "reward": {"num_actors": 2}}
+
+
+def rehearsed(**sections: object) -> StepCost:
+    cost = rehearsed_cost(config_of(rehearsal=REHEARSAL, pools=POOLS, **sections))
+    assert cost is not None
+    return cost
+
+
+def test_a_rehearsals_stages_are_spread_over_their_workers() -> None:
+    cost = rehearsed(correction={"strategy": "none"})
+    assert cost.stage_s == pytest.approx(
+        {"generate": 8 * 16.0 / 8 + 0.5, "score": 4.5, "reward": 2.0, "train": 16.0, "publish": 1.5}
+    )
+    assert cost.step_s == pytest.approx(16.5)
+    fresh = {"prompts_per_step": 8, "max_staleness": 0}
+    assert rehearsed(correction={"strategy": "none"}, rollout=fresh).step_s == pytest.approx(16.5 + 4.5 + 16 + 1.5)
+
+
+def test_a_publish_takes_no_less_than_its_pause() -> None:
+    assert [Rehearsal.model_validate(REHEARSAL | {"pause_s": pause_s}).publish_s for pause_s in (1.0, 2.0)] == [
+        1.5,
+        2.0,
+    ]
+
+
+def test_a_candidate_scores_the_queue_at_each_promotion() -> None:
+    still, moving = (rehearsed(correction={"every": 4, "kl_reference": kind}).stage_s for kind in ("sft", "moving"))
+    assert still["reward"] == moving["reward"] == pytest.approx(2.0 * (1 + 2 / 4))
+    assert still["score"] == pytest.approx(0.5 + 4.0)
+    assert moving["score"] == pytest.approx(0.5 + 4.0 * (1 + 1 / 4))
+
+
+def test_durations_come_before_an_earlier_run_and_that_before_arithmetic(tmp_path: Path) -> None:
+    config = config_of(output_dir=str(tmp_path))
+    assert step_cost(config, None) is None
+    assert step_cost(config, SIZES) == predicted_cost(config, SIZES)
+    config.run_dir.mkdir()
+    row = {"step": 1, "time_s": 2.0, "step_s": 2.0, "stage_s": {"train": 1.0}}
+    (config.run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert step_cost(config, SIZES) == measured_cost(config)
+    config = config_of(output_dir=str(tmp_path), rehearsal=REHEARSAL)
+    assert step_cost(config, SIZES) == rehearsed_cost(config)
+
+
+def test_a_rehearsal_that_falls_behind_says_what_to_change() -> None:
+    config = config_of(rehearsal=REHEARSAL, pools=POOLS, correction={"every": 1})
+    cost = rehearsed_cost(config)
+    assert cost is not None
+    assert cost_lines(config, cost)[2] == (
+        "corrections: (ratios 15 s + refit 10 s) / 1 refitter > 1 steps of 16 s = 16 s: they fall behind; "
+        f"set correction.every to 2, or {REMEDY}"
+    )
+    unweighted = rehearsed(correction={"every": 1, "strategy": "refit"})
+    assert (unweighted.ratio_s, unweighted.refit_s) == (0.0, 10.0)

@@ -22,7 +22,7 @@ class WordGold:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str, str | None]] = []
 
-    def score(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
+    def __call__(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
         self.asked += zip(prompts, responses, references, strict=True)
         return [float(len(response.split())) for response in responses]
 

@@ -107,7 +107,7 @@ def test_the_world_brings_its_own_gold() -> None:
     assert scorer is not None
     responses = ["great river", ""]
     expected = praise_gold(["river"] * 2, responses, [None] * 2)
-    assert scorer.score(["river"] * 2, responses, [None] * 2) == expected
+    assert scorer(["river"] * 2, responses, [None] * 2) == expected
 
 
 def test_a_function_gets_prompts_responses_and_references(scoring_module: ModuleType) -> None:
@@ -115,7 +115,7 @@ def test_a_function_gets_prompts_responses_and_references(scoring_module: Module
         len(a) + 10 * len(b) + (0 if c is None else 100) for a, b, c in zip(p, r, f, strict=True)
     ]
     scorer = load(FunctionGold(path="made_up_scores:score"))
-    assert scorer.score(["a", "ab"], ["abc", "x"], ["r", None]) == [131.0, 12.0]
+    assert scorer(["a", "ab"], ["abc", "x"], ["r", None]) == [131.0, 12.0]
 
 
 # ---- bad settings
@@ -142,7 +142,7 @@ def test_a_function_that_cannot_be_imported_is_refused(path: str, got: str) -> N
 def test_a_function_with_a_wrong_number_of_scores_is_refused(scoring_module: ModuleType) -> None:
     scoring_module.score = lambda *_: [1.0]
     with pytest.raises(UserError) as caught:
-        load(FunctionGold(path="made_up_scores:score")).score(["a", "b"], ["c", "d"], [None, None])
+        load(FunctionGold(path="made_up_scores:score"))(["a", "b"], ["c", "d"], [None, None])
     assert str(caught.value) == (
         "gold.path: got 1 scores for 2 responses from 'made_up_scores:score', need one score a response: "
         "correct the function"
@@ -152,7 +152,7 @@ def test_a_function_with_a_wrong_number_of_scores_is_refused(scoring_module: Mod
 def test_a_function_with_a_score_that_is_not_finite_is_refused(scoring_module: ModuleType) -> None:
     scoring_module.score = lambda *_: [1.0, math.nan]
     with pytest.raises(UserError) as caught:
-        load(FunctionGold(path="made_up_scores:score")).score(["a", "b"], ["c", "d"], [None, None])
+        load(FunctionGold(path="made_up_scores:score"))(["a", "b"], ["c", "d"], [None, None])
     assert str(caught.value) == (
         "gold.path: got nan from 'made_up_scores:score' for the response 'd', need finite scores: correct the function"
     )
@@ -180,7 +180,7 @@ def test_similarity_needs_every_reference(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, sentence_marks=True)
     save_encoder(tmp_path)
     with pytest.raises(UserError) as caught:
-        load(SimilarityGold(model=str(tmp_path))).score(["p"] * 3, ["the"] * 3, ["old", None, None])
+        load(SimilarityGold(model=str(tmp_path)))(["p"] * 3, ["the"] * 3, ["old", None, None])
     assert str(caught.value) == (
         "gold.kind: got 2 of 3 prompts without a reference, need a reference response for every prompt: "
         "add a column output, reference or response, or use another gold"
@@ -202,7 +202,7 @@ def test_classifier_gives_the_models_logit_of_each_text_alone(tmp_path: Path, ba
         with torch.no_grad():
             logits = model(torch.tensor([tokenizer.convert_tokens_to_ids(ids)])).logits
         expected.append(float(logits[0, 0]))
-    scores = load(ClassifierGold(model=str(tmp_path), batch_size=batch_size)).score(prompts, responses, [None] * 3)
+    scores = load(ClassifierGold(model=str(tmp_path), batch_size=batch_size))(prompts, responses, [None] * 3)
     assert scores == pytest.approx(expected, abs=1e-5)
     assert np.std(expected) > 0.05
 
@@ -220,7 +220,7 @@ def test_classifier_reads_a_conversation_where_there_is_a_template(tmp_path: Pat
         ids = tokenizer.convert_tokens_to_ids(["Q:", *prompt.split(), "A:", *response.split(), "[SEP]"])
         with torch.no_grad():
             expected.append(float(model(torch.tensor([ids])).logits[0, 0]))
-    scores = load(ClassifierGold(model=str(tmp_path))).score(prompts, responses, [None] * 2)
+    scores = load(ClassifierGold(model=str(tmp_path)))(prompts, responses, [None] * 2)
     assert scores == pytest.approx(expected, abs=1e-5)
 
 
@@ -230,7 +230,7 @@ def test_classifier_cuts_long_prompts_and_keeps_the_response(tmp_path: Path) -> 
     scorer = load(ClassifierGold(model=str(tmp_path)))
     # 16 positions: three marks, two words of response, eleven of the prompt.
     kept = "the old river was quiet and the new lamp great warm"
-    cut, whole = scorer.score([kept + " river river", kept], ["old lamp"] * 2, [None] * 2)
+    cut, whole = scorer([kept + " river river", kept], ["old lamp"] * 2, [None] * 2)
     assert cut == pytest.approx(whole, abs=1e-6)
 
 
@@ -257,7 +257,7 @@ def test_similarity_is_the_cosine_of_mean_embeddings_less_repetition(tmp_path: P
         for a, b, share in zip(responses, references, shares, strict=True)
     ]
     config = SimilarityGold(model=str(tmp_path), batch_size=batch_size, repetition_penalty=0.3)
-    scores = load(config).score(["p"] * 4, responses, references)
+    scores = load(config)(["p"] * 4, responses, references)
     assert scores == pytest.approx(expected, abs=1e-5)
     assert np.std(expected) > 0.05
 
@@ -267,7 +267,7 @@ def test_similarity_of_a_reference_to_itself_is_one_and_stays_so(tmp_path: Path)
     save_encoder(tmp_path)
     scorer = load(SimilarityGold(model=str(tmp_path)))
     for _ in range(2):
-        assert scorer.score(["p"], ["the old river"], ["the old river"]) == pytest.approx([1.0], abs=1e-5)
+        assert scorer(["p"], ["the old river"], ["the old river"]) == pytest.approx([1.0], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,44 @@ def test_logprobs_do_not_depend_on_the_batch_or_the_padding_id():
             torch.testing.assert_close(row[: len(alone)], alone, atol=1e-5, rtol=0)
 
 
+GROUP = [Sequence((5, 6, 7), response, True) for response in ((8, 9, EOS), (10, EOS), (11, 12, 13, 14, EOS))]
+
+
+def logprobs_and_gradients(share_prompts):
+    model = build_policy()
+    logprobs = response_logprobs(CausalModel(model), pad_batch([*GROUP, *SEQUENCES], EOS, share_prompts), 1.0)
+    logprobs.square().mean().backward()
+    return logprobs.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+def test_responses_that_share_a_prompt_get_the_logprobs_and_gradients_that_they_have_alone():
+    shared, alone = logprobs_and_gradients(share_prompts=True), logprobs_and_gradients(share_prompts=False)
+    torch.testing.assert_close(shared, alone, atol=2e-5, rtol=2e-3)
+
+
+def test_rewards_and_values_do_not_depend_on_whether_prompts_are_shared(reward_folder):
+    model = load_reward_model(reward_folder, dtype="float32", trust_remote_code=False)
+    batches = [pad_batch(GROUP, EOS, share_prompts) for share_prompts in (True, False)]
+    for read in (last_token_scores, response_values):
+        torch.testing.assert_close(*(read(model, batch) for batch in batches), atol=2e-5, rtol=1e-4)
+
+
+def test_network_with_windowed_layers_is_refused_shared_prompts():
+    config = transformers.Gemma2Config(**SMALL, head_dim=16)
+    model = CausalModel(transformers.Gemma2ForCausalLM(config).eval())
+    response_logprobs(model, pad_batch(GROUP, EOS), 1.0)
+    with pytest.raises(RunError, match=r"Gemma2ForCausalLM.* share_prompts to false"):
+        response_logprobs(model, pad_batch(GROUP, EOS, share_prompts=True), 1.0)
+
+
+def test_network_that_ignores_the_mask_is_refused_shared_prompts():
+    model = build_policy()
+    forward = model.base_model.forward
+    model.base_model.forward = lambda attention_mask=None, **inputs: forward(**inputs)
+    with pytest.raises(RunError, match="share_prompts to false"):
+        response_logprobs(CausalModel(model), pad_batch(GROUP, EOS, share_prompts=True), 1.0)
+
+
 def test_gradient_reaches_the_policy_through_real_tokens_only():
     gradients = []
     for pad_id in (EOS, 30):

@@ -38,7 +38,7 @@ def one_group(rewards=(3.0, 1.0), ended=(True, True), **fields):
 
 
 def experience(**fields):
-    return collect_experience(one_group(**fields), pad_id=EOS)
+    return collect_experience(one_group(**fields), pad_id=EOS, share_prompts=True)
 
 
 def test_rloo_subtracts_the_summed_kl_from_the_score():
@@ -86,7 +86,7 @@ def test_ppo_returns_follow_gae_on_rewards_with_the_score_on_the_last_token():
 @pytest.mark.parametrize("micro_batch_tokens", [1, 10, 100])
 def test_micro_batches_sum_to_the_token_mean_of_the_minibatch(micro_batch_tokens):
     rollouts = one_group() + one_group(rewards=(0.5, 4.0), ended=(False, True))
-    data = collect_experience(rollouts, pad_id=EOS)
+    data = collect_experience(rollouts, pad_id=EOS, share_prompts=True)
     policy = Policy(kl_placement="loss", kl_coefficient=0.3, kl_estimator="k3", micro_batch_tokens=micro_batch_tokens)
     data = replace(data, old_logprobs=data.sampler_logprobs)
     targets = build_targets(data, policy, Rollout(missing_eos="mask"))

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 
 from ocrm_ray.config import PraiseWorld
-from ocrm_ray.errors import UserError
 from ocrm_ray.praise import (
     EOS,
     PAD,
     PRAISE,
     TOPICS,
     VOCABULARY,
-    PraiseSource,
     build_tokenizer,
     draw_prompts,
+    draw_responses,
     gold,
     write_world,
 )
@@ -26,9 +25,9 @@ from ocrm_ray.praise import (
 PROMPT = "river garden music winter"
 
 
-def draw_responses(seed: int, num: int) -> tuple[list[str], list[str]]:
+def drawn(seed: int, num: int) -> tuple[list[str], list[str]]:
     prompts = draw_prompts(num, seed)
-    return prompts, PraiseSource(seed).draw(prompts, np.random.default_rng([seed, 2]))
+    return prompts, draw_responses(prompts, seed, np.random.default_rng([seed, 2]))
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
@@ -95,7 +94,7 @@ def test_the_world_has_48_words_and_6_of_them_praise() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_source_praises_about_1_7_times_a_response(seed: int) -> None:
-    _, responses = draw_responses(seed, 3000)
+    _, responses = drawn(seed, 3000)
     num_praise = np.array([sum(word in PRAISE for word in response.split()) for response in responses])
     # Twelve draws of chance 1.7 / 12: mean 1.7, variance 1.46, so a standard error of 0.022; five or more in 1.9 %.
     assert num_praise.mean() == pytest.approx(1.7, abs=0.09)
@@ -103,13 +102,13 @@ def test_source_praises_about_1_7_times_a_response(seed: int) -> None:
 
 
 def test_source_writes_twelve_words_of_the_language() -> None:
-    _, responses = draw_responses(3, 200)
+    _, responses = drawn(3, 200)
     assert {len(response.split()) for response in responses} == {12}
     assert {word for response in responses for word in response.split()} <= set(VOCABULARY[3:])
 
 
 def test_source_mentions_its_own_prompt_more_than_another_one() -> None:
-    prompts, responses = draw_responses(4, 2000)
+    prompts, responses = drawn(4, 2000)
     own = [len(set(p.split()) & set(r.split())) for p, r in zip(prompts, responses, strict=True)]
     other = [len(set(p.split()) & set(r.split())) for p, r in zip(prompts[1:], responses[:-1], strict=True)]
     assert np.mean(own) > np.mean(other) + 0.4
@@ -117,7 +116,7 @@ def test_source_mentions_its_own_prompt_more_than_another_one() -> None:
 
 def test_source_is_markov_with_rows_drawn_by_the_seed() -> None:
     def successors(seed: int) -> list[str]:
-        _, responses = draw_responses(seed, 500)
+        _, responses = drawn(seed, 500)
         words = [response.split() for response in responses]
         following = [b for row in words for a, b in pairwise(row) if a == "the" and b not in PRAISE]
         return sorted(set(following), key=following.count, reverse=True)[:3]
@@ -131,12 +130,6 @@ def test_prompts_are_different_and_name_four_different_topics() -> None:
     assert len(set(prompts)) == 3000
     assert all(len(set(prompt.split())) == 4 for prompt in prompts)
     assert {word for prompt in prompts for word in prompt.split()} == set(TOPICS)
-
-
-def test_more_prompts_than_the_language_has_are_refused() -> None:
-    with pytest.raises(UserError) as caught:
-        draw_prompts(116_281, 0)
-    assert str(caught.value) == "world.num_prompts: got 116281, need at most 116280: lower it"
 
 
 def test_tokenizer_reads_a_word_as_a_token_and_adds_nothing() -> None:
@@ -204,15 +197,5 @@ def test_world_folders_load_as_models_of_the_stated_shape(tmp_path: Path) -> Non
 def test_world_prompts_carry_references_from_the_source(tmp_path: Path) -> None:
     write_world(tmp_path, PraiseWorld(num_prompts=50), 9)
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
-    prompts, responses = draw_responses(9, 50)
+    prompts, responses = drawn(9, 50)
     assert rows == [{"prompt": p, "reference": r} for p, r in zip(prompts, responses, strict=True)]
-
-
-def test_widths_that_heads_of_32_do_not_fit_are_refused_all_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        write_world(tmp_path, PraiseWorld(policy_hidden_size=48, reward_hidden_size=20), 0)
-    assert str(caught.value).splitlines() == [
-        "world.policy_hidden_size: got 48, need a multiple of 32: choose one: heads are 32 wide",
-        "world.reward_hidden_size: got 20, need a multiple of 32: choose one: heads are 32 wide",
-    ]
-    assert list(tmp_path.iterdir()) == []

@@ -11,15 +11,7 @@ from ocrm_ray.config import Data, DataFile
 from ocrm_ray.data_files import read_rows
 from ocrm_ray.errors import RunError, UserError
 from ocrm_ray.praise import EOS, build_tokenizer
-from ocrm_ray.preferences import (
-    Pair,
-    PairReport,
-    inspect_pairs,
-    load_pairs,
-    read_pairs,
-    split_pairs,
-    write_pairs,
-)
+from ocrm_ray.preferences import PAIR_ROWS, Pair, load_pairs, read_pairs, split_pairs, write_pairs
 from ocrm_ray.records import Sequence
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -164,7 +156,7 @@ def test_long_responses_are_cut_and_counted() -> None:
     (pair,), report = load_pairs(Data(), rows, tokenizer, max_response_tokens=3)
     assert tokens(tokenizer, pair) == ("river", "the old quiet", "the old <eos>")
     assert (pair.chosen.has_eos, pair.rejected.has_eos) == (False, True)
-    assert report.num_truncated == 1
+    assert report["num_truncated"] == 1
 
 
 def test_unusable_pairs_are_dropped_and_counted_by_reason() -> None:
@@ -177,7 +169,8 @@ def test_unusable_pairs_are_dropped_and_counted_by_reason() -> None:
     ]
     pairs, report = load_pairs(Data(max_prompt_tokens=2), rows, build_tokenizer(), max_response_tokens=2)
     assert len(pairs) == 1
-    assert report == PairReport(5, 1, num_too_long=1, num_empty=1, num_identical=2, num_truncated=0)
+    assert (report["num_rows"], report["num_kept"], report["num_truncated"]) == (5, 1, 0)
+    assert (report["num_too_long"], report["num_empty"], report["num_identical"]) == (1, 1, 2)
 
 
 # ---- bad input
@@ -238,7 +231,7 @@ def test_bad_rows_are_answered_with_one_exact_line(row: dict[str, Any], got: str
 def test_missing_columns_are_named_before_the_run(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"question": "a", "chosen": "b"}\n')
-    assert [str(problem) for problem in inspect_pairs(DataFile(path=str(path)))] == [
+    assert [str(problem) for problem in PAIR_ROWS.inspect(DataFile(path=str(path)))] == [
         "pairs.ready.path: got columns question, chosen, need columns chosen and rejected, "
         "with prompt, messages or a shared beginning: rename the columns"
     ]
@@ -246,8 +239,8 @@ def test_missing_columns_are_named_before_the_run(tmp_path: Path) -> None:
 
 def test_a_missing_pair_file_is_named_with_its_setting(tmp_path: Path) -> None:
     path = tmp_path / "absent.json"
-    assert [str(problem) for problem in inspect_pairs(DataFile(path=str(path)), "pairs.other")] == [
-        f"pairs.other.path: got '{path}', which does not exist, "
+    assert [str(problem) for problem in PAIR_ROWS.inspect(DataFile(path=str(path)))] == [
+        f"pairs.ready.path: got '{path}', which does not exist, "
         "need a JSON, JSONL or Parquet file or a Hub data set: correct the path"
     ]
 
@@ -348,12 +341,12 @@ def test_a_broken_pair_file_names_the_line(tmp_path: Path) -> None:
 @needs_shared
 def test_real_conversational_pairs_load_with_all_their_turns() -> None:
     data_file = DataFile(path=str(SHARED / "dpo_en.json"))
-    assert inspect_pairs(data_file) == []
+    assert PAIR_ROWS.inspect(data_file) == []
     rows = read_rows(data_file, "pairs.ready")
     pairs, report = load_pairs(Data(max_prompt_tokens=8192), rows, words_tokenizer(), max_response_tokens=8192)
-    assert report.num_rows == 300
-    assert report.num_too_long == report.num_empty == report.num_truncated == 0
-    assert report.num_kept + report.num_identical == 300
+    assert report["num_rows"] == 300
+    assert report["num_too_long"] == report["num_empty"] == report["num_truncated"] == 0
+    assert report["num_kept"] + report["num_identical"] == 300
     raw: list[Mapping[str, Any]] = json.loads((SHARED / "dpo_en.json").read_text(encoding="utf-8"))
     by_chosen = {row["chosen"]["value"].strip(): row for row in raw}
     for pair in pairs:

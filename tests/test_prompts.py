@@ -12,7 +12,7 @@ from ocrm_ray.conversations import encode_response, parse_transcript, render_tra
 from ocrm_ray.data_files import read_rows, write_jsonl
 from ocrm_ray.errors import RunError, UserError
 from ocrm_ray.praise import PROMPT_WORDS, build_tokenizer, draw_prompts
-from ocrm_ray.prompts import inspect_prompts, load_prompts, read_prompts, split_prompts, write_prompts
+from ocrm_ray.prompts import PROMPT_ROWS, load_prompts, read_prompts, split_prompts, write_prompts
 from ocrm_ray.records import Prompt
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -51,7 +51,7 @@ def load(rows: list[dict[str, Any]], tokenizer: Any = None, **data: Any) -> list
 
 
 def problems_of(path: Path) -> list[str]:
-    return [str(problem) for problem in inspect_prompts(DataFile(path=str(path)))]
+    return [str(problem) for problem in PROMPT_ROWS.inspect(DataFile(path=str(path)))]
 
 
 # ---- files
@@ -71,6 +71,12 @@ def test_every_file_format_gives_the_same_rows(tmp_path: Path, name: str) -> Non
         path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     assert read_rows(DataFile(path=str(path)), "data.prompts") == rows
     assert read_rows(DataFile(path=str(path), limit=2), "data.prompts") == rows[:2]
+
+
+def test_text_that_looks_like_a_date_stays_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "2020-01-01"}\n')
+    assert read_rows(DataFile(path=str(path)), "data.prompts") == [{"prompt": "2020-01-01"}]
 
 
 def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
@@ -109,6 +115,12 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
             "rows.parquet",
             b"hello",
             "got '{path}' (Parquet file size is 5 bytes, smaller than the minimum file footer (8 bytes)), "
+            "need a readable JSON, JSONL or Parquet file: repair the file",
+        ),
+        (
+            "rows.jsonl",
+            b'{"prompt": "a"}\n7\n',
+            "got '{path}', broken at line 2: not an object, "
             "need a readable JSON, JSONL or Parquet file: repair the file",
         ),
         ("empty.jsonl", b"", "got '{path}', which has no rows, need at least one row: name a data set with rows"),
@@ -180,7 +192,7 @@ def test_an_unreachable_hub_data_set_is_a_problem(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("Couldn't reach 'org/none' on the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    found = inspect_prompts(DataFile(path="org/none", split="test"))
+    found = PROMPT_ROWS.inspect(DataFile(path="org/none", split="test"))
     assert [str(problem) for problem in found] == [
         "data.prompts.path: got Hub data set 'org/none', split 'test' (Couldn't reach 'org/none' on the Hub), "
         "need a Hub data set that can be read: correct name and split, or download it to a file"
@@ -299,8 +311,8 @@ def test_long_and_empty_prompts_are_dropped_and_counted_and_ids_stay_row_numbers
     ]
     prompts, report = load_prompts(Data(max_prompt_tokens=2), rows, build_tokenizer())
     assert [prompt.prompt_id for prompt in prompts] == [0, 3]
-    assert (report.num_rows, report.num_kept, report.num_too_long) == (5, 2, 2)
-    assert (report.num_empty, report.num_without_reference) == (1, 1)
+    counts = {"num_rows": 5, "num_kept": 2, "num_too_long": 2, "num_empty": 1, "num_without_reference": 1}
+    assert report == counts
 
 
 def test_nothing_left_after_dropping_is_a_problem() -> None:
@@ -421,10 +433,10 @@ def test_broken_stage_files_name_the_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "num"), [("alpaca_en.json", 999), ("alpacafarm_eval.json", 252)])
 def test_real_instructions_load_with_their_references(name: str, num: int) -> None:
     data_file = DataFile(path=str(SHARED / name))
-    assert inspect_prompts(data_file) == []
+    assert PROMPT_ROWS.inspect(data_file) == []
     rows = read_rows(data_file, "data.prompts")
     prompts, report = load_prompts(Data(max_prompt_tokens=4096), rows, build_tokenizer())
-    assert (report.num_rows, report.num_kept, report.num_without_reference) == (num, num, 0)
+    assert (report["num_rows"], report["num_kept"], report["num_without_reference"]) == (num, num, 0)
     for row, prompt in zip(json.loads((SHARED / name).read_text(encoding="utf-8")), prompts, strict=True):
         assert prompt.text.startswith(row["instruction"])
         assert prompt.text.endswith(row["input"])

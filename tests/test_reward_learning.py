@@ -17,17 +17,24 @@ from ocrm_ray.reward_learning import (
 
 def test_a_batch_of_pairs_is_their_chosen_then_their_rejected_responses():
     pairs = random_pairs(4, seed=1)
-    batch = pair_table(pairs, pad_id=0).batch(pair_rows(np.array([3, 1])))
+    batch = pair_table(pairs, pad_id=0, share_prompts=False).batch(pair_rows(np.array([3, 1])))
     expected = [pairs[3].chosen, pairs[1].chosen, pairs[3].rejected, pairs[1].rejected]
-    for row, sequence in zip(batch.tokens.tolist(), expected, strict=True):
-        tokens = sequence.prompt_ids + sequence.response_ids
-        assert tuple(row[: len(tokens)]) == tokens
+    tokens = batch.tokens.flatten().tolist()
+    for start, sequence in zip(batch.starts.tolist(), expected, strict=True):
+        row = tokens[start - len(sequence.prompt_ids) : start + len(sequence.response_ids)]
+        assert tuple(row) == sequence.prompt_ids + sequence.response_ids
+
+
+def test_length_of_a_pair_counts_a_shared_prompt_once():
+    pair = random_pairs(1, seed=2)
+    expected = len(pair[0].chosen.prompt_ids + pair[0].chosen.response_ids + pair[0].rejected.response_ids)
+    assert pair_lengths(pair_table(pair, pad_id=0, share_prompts=True)).tolist() == [expected]
 
 
 def test_length_of_a_pair_is_that_of_both_its_sequences():
     pairs = random_pairs(5, seed=2)
     expected = [sum(len(s.prompt_ids + s.response_ids) for s in (pair.chosen, pair.rejected)) for pair in pairs]
-    assert pair_lengths(pair_table(pairs, pad_id=0)).tolist() == expected
+    assert pair_lengths(pair_table(pairs, pad_id=0, share_prompts=False)).tolist() == expected
 
 
 @pytest.mark.parametrize("weighted", [True, False])

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ocrm_ray import praise
+from ocrm_ray import praise, stages
 from ocrm_ray.config import RunConfig
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.prompts import read_prompts
 from ocrm_ray.records import GenerationRequest, Sample, Sequence
-from ocrm_ray.stage_folder import StageFolder
-from ocrm_ray.stages import Stages, shuffled_epochs, stage_paths
+from ocrm_ray.stages import StageFolder, Stages, shuffled_epochs, stage_paths
 
 EOS = 1
 
@@ -112,6 +111,18 @@ def test_a_data_file_with_other_content_under_the_same_name_is_read_again(tmp_pa
     assert len(read_prompts(config.stage_root / "data" / "prompts.jsonl")) == 49
 
 
+def test_a_data_file_is_hashed_once_at_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    whole = stages.file_fingerprint
+    monkeypatch.setattr(stages, "file_fingerprint", lambda name: hashed.append(name) or whole(name))
+    world = tmp_path / "world"
+    praise.write_world(world, tiny_config(tmp_path).world, seed=5)  # type: ignore[arg-type]
+    data, model = str(world / "prompts.jsonl"), str(world / "policy")
+    tree = {"world": None, "sft": {"ready": model}, "gold": {"kind": "function", "path": "ocrm_ray.praise:gold"}}
+    run_stages(tiny_config(tmp_path, **tree, data={"prompts": {"path": data}, "num_heldout": 10}))
+    assert hashed.count(data) == 1
+
+
 def test_a_strategy_without_ratios_needs_no_log_probs(tmp_path: Path) -> None:
     assert "logprobs" not in run_stages(tiny_config(tmp_path, correction={"strategy": "none"})).calls
 
@@ -131,6 +142,15 @@ def test_no_two_samples_of_the_pairs_share_a_seed(tmp_path: Path) -> None:
     requests = run_stages(tiny_config(tmp_path)).requests
     seeds = [request.seed + index for request in requests for index in range(request.num_samples)]
     assert len(set(seeds)) == len(seeds) == 240
+
+
+def test_the_training_pairs_are_counted_without_reading_them(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    cluster = run_stages(config)
+    folder = config.stage_root / "pairs"
+    num_pairs = len(read_pairs(folder / "train.jsonl"))
+    (folder / "train.jsonl").unlink()
+    assert Stages(config, cluster, lambda state: None).num_training_pairs() == num_pairs  # type: ignore[arg-type]
 
 
 def test_argmax_labels_prefer_the_higher_gold(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ class Trainer:
         self.files.add(self.version)
         return PolicyWeights(version=self.version, path=Path(f"weights-{self.version}"), num_bytes=7)
 
+    async def send_weights(self, weights: PolicyWeights) -> None:
+        self.calls.append(f"send {weights.version}")
+
     async def release_weights(self, weights: PolicyWeights) -> None:
         self.files.remove(weights.version)
 
@@ -81,7 +84,7 @@ class World:
 
     async def update_and_publish(self) -> PublishReport:
         self.trainer.version += 1
-        return await self.publisher.publish()
+        return await self.publisher.put_live(await self.publisher.export())
 
     def probes(self) -> list[dict]:
         return [fields for event, fields in self.events if event == "probe_measured"]
@@ -96,7 +99,36 @@ def _world(noise: float = 0.0, **probe: float) -> World:
 def test_a_publish_exports_then_loads_then_probes():
     world = _world()
     asyncio.run(world.update_and_publish())
-    assert world.calls == ["score", "export 1", "load 1", "score"]
+    assert world.calls == ["score", "export 1", "load 1", "send 1", "score"]
+
+
+def test_a_probe_compares_the_exported_version_though_the_trainer_has_gone_on():
+    world = _world()
+
+    async def publish_beside_an_update() -> None:
+        world.trainer.version = 1
+        exported = await world.publisher.export()
+        world.trainer.version = 2
+        await world.publisher.put_live(exported)
+
+    asyncio.run(publish_beside_an_update())
+    assert [probe["gap"] for probe in world.probes()] == [0.0]
+
+
+def test_while_one_version_is_loaded_and_the_next_exported_no_third_is_kept():
+    world = _world()
+
+    async def export_during_loads() -> None:
+        exported = None
+        for version in range(1, 5):
+            world.trainer.version = version
+            newer = await world.publisher.export()
+            assert len(world.trainer.files) <= 2
+            if exported is not None:
+                await world.publisher.put_live(exported)
+            exported = newer
+
+    asyncio.run(export_during_loads())
 
 
 def test_the_first_publish_and_every_nth_are_probed():

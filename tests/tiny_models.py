@@ -107,8 +107,8 @@ def scored_rollout(sequences, logprobs, rewards, *, versions=(0, 0), sampled_at=
     return Rollout(Prompt(0, "", sequences[0].prompt_ids), samples, 0, scores)
 
 
-def pad_batch(sequences, pad_id: int):
+def pad_batch(sequences, pad_id: int, share_prompts: bool = False):
     """All ``sequences`` as one batch on the CPU."""
     from ocrm_ray.batches import SequenceTable
 
-    return SequenceTable(sequences, pad_id).batch(range(len(sequences)))
+    return SequenceTable(sequences, pad_id, share_prompts).batch(range(len(sequences)))

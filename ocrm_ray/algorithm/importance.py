@@ -32,19 +32,13 @@ class WeightRule(TypedDict):
 
 @dataclass(frozen=True)
 class PairWeights:
-    """Weights [N] and their logarithms [N], float64, without gradient; a weight may underflow, its logarithm not."""
+    """Weights [N] by their logarithms [N], float64, without gradient; a weight may underflow, its logarithm not."""
 
-    weights: Tensor
     log_weights: Tensor
 
-
-@dataclass(frozen=True)
-class WeightDiagnostics:
-    """Effective sample size as a share of N, the largest weight, and the spread of the log-weights."""
-
-    ess_fraction: float
-    max_weight: float
-    log_weight_std: float
+    @property
+    def weights(self) -> Tensor:
+        return self.log_weights.exp()
 
 
 def log_relative_ratio(policy: Tensor, behaviour: Tensor, alpha: float) -> Tensor:
@@ -97,25 +91,19 @@ def pair_weights(policy: Tensor, behaviour: Tensor, **rule: Unpack[WeightRule]) 
     largest = float(log_weights.max())
     if not LOG_SMALLEST <= largest <= LOG_LARGEST:
         raise ValueError(f"the largest weight is exp({largest:.0f}), out of float32's range: normalise the weights")
-    return PairWeights(weights=log_weights.exp(), log_weights=log_weights)
+    return PairWeights(log_weights)
 
 
-def effective_sample_size(weights: Tensor) -> float:
-    """(sum w)^2 / sum w^2 of weights [N] (Kish): N where all are equal, 1 where one has all the weight.
+def weight_statistics(weights: PairWeights) -> dict[str, float]:
+    """What every refit reports of its weights w [N].
 
-    Raises ValueError where no weight is positive.
+    ``ess_fraction``: the effective sample size (sum w)^2 / sum w^2 (Kish) as a share of N, 1 where all are equal;
+    ``max_weight``; ``log_weight_std``, a population standard deviation.
     """
-    largest = weights.max()
-    if not largest > 0:
-        raise ValueError("the effective sample size needs a positive weight")
-    scaled = weights.double() / largest
-    return float(scaled.sum() ** 2 / scaled.square().sum())
-
-
-def weight_statistics(weights: PairWeights) -> WeightDiagnostics:
-    """What every refit reports of its weights; the spread is a population standard deviation."""
-    return WeightDiagnostics(
-        ess_fraction=effective_sample_size(weights.weights) / len(weights.weights),
-        max_weight=float(weights.weights.max()),
-        log_weight_std=float(weights.log_weights.std(correction=0)),
-    )
+    logs = weights.log_weights
+    log_ess = 2 * torch.logsumexp(logs, dim=0) - torch.logsumexp(2 * logs, dim=0)
+    return {
+        "ess_fraction": float(log_ess.exp()) / len(logs),
+        "max_weight": float(weights.weights.max()),
+        "log_weight_std": float(logs.std(correction=0)),
+    }

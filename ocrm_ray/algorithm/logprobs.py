@@ -1,4 +1,4 @@
-"""Log-probabilities of response tokens, and the mask that says which tokens belong to a response."""
+"""Log-probabilities of response tokens."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,20 +10,6 @@ from torch.utils.checkpoint import checkpoint
 MAX_LOGITS = 2**24
 """Most logits of a chunk: 64 MiB in float32."""
 _CACHED_LOGITS = 2**18
-
-
-def eos_mask(response_ids: Tensor, lengths: Tensor, eos_ids: Sequence[int]) -> Tensor:
-    """True [B, T] up to and including the first EOS, and nowhere at or past ``lengths`` [B].
-
-    ``response_ids`` [B, T] are right padded; padding may equal an EOS id. A response without any of ``eos_ids``
-    (there may be several, or none) counts to its length.
-    """
-    positions = torch.arange(response_ids.shape[1], device=response_ids.device)
-    within = positions < lengths.unsqueeze(1)
-    stops = torch.tensor(tuple(eos_ids), dtype=response_ids.dtype, device=response_ids.device)
-    is_eos = torch.isin(response_ids, stops)
-    num_eos_before = is_eos.cumsum(dim=1) - is_eos.long()
-    return within & (num_eos_before == 0)
 
 
 def head_logprobs(

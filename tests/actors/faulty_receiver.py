@@ -11,11 +11,13 @@ class FaultyReceiver(WeightReceiver):
     def drop_head(self, dropped: bool) -> None:
         self.head_is_dropped = dropped
 
-    def receive_weights(self, path: str) -> None:
-        if not self.head_is_dropped:
-            super().receive_weights(path)
-            return
-        from safetensors.torch import load_file
+    def hide_shadow(self, hidden: bool) -> None:
+        """Weights are then taken as where there is no second model: by vLLM's own reload, in the pause."""
+        if hidden:
+            self.hidden, self._shadow = self._shadow, None
+        else:
+            self._shadow = self.hidden
 
-        kept = [(name, tensor) for name, tensor in load_file(path).items() if name != "lm_head.weight"]
-        self.model_runner.reload_weights(weights_iterator=iter(kept))
+    def _load(self, tensors):
+        kept = [name for name in tensors if not self.head_is_dropped or name != "lm_head.weight"]
+        super()._load({name: tensors[name] for name in kept})

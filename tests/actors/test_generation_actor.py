@@ -8,8 +8,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from tiny_models import run_config
 
-from ocrm_ray.config import GenerationPool, Probe
+from actors.weight_transport import WeightExporter
+from ocrm_ray.config import Probe
 from ocrm_ray.errors import RunError, StaleWeightsError
 from ocrm_ray.records import FloatArray, GenerationRequest, PolicyWeights, Prompt, PublishReport, Sample, Sequence
 from ocrm_ray.weight_publisher import Gap, WeightPublisher
@@ -63,8 +65,8 @@ class TorchPolicy:
         from transformers import LlamaForCausalLM
 
         self.model = LlamaForCausalLM.from_pretrained(folder, dtype="float32").eval()
-        self.files = files
         self.version = 0
+        self._exporter = WeightExporter(files, self.model.state_dict(), checksum=True)
 
     def step(self, scale: float = 0.01) -> None:
         import torch
@@ -76,16 +78,13 @@ class TorchPolicy:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
 
     async def export_weights(self) -> PolicyWeights:
-        from safetensors.torch import save_file
+        return self._exporter.export(self.version, self.model.state_dict())
 
-        weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-        path = self.files / f"weights-{self.version}.safetensors"
-        save_file(weights, path)
-        return PolicyWeights(version=self.version, path=path, num_bytes=path.stat().st_size)
+    async def send_weights(self, weights: PolicyWeights) -> None:
+        self._exporter.send(weights)
 
     async def release_weights(self, weights: PolicyWeights) -> None:
-        weights.path.unlink()
+        self._exporter.release(weights)
 
     async def logprobs(self, sequences) -> list[FloatArray]:
         return [self.forward(sequence) for sequence in sequences]
@@ -124,6 +123,10 @@ class Bench:
         return publisher
 
 
+async def publish(publisher: WeightPublisher) -> None:
+    await publisher.put_live(await publisher.export())
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     from actors.generation import GenerationActor
@@ -131,10 +134,10 @@ def bench(tmp_path_factory):
     folder, files = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("weights")
     _save_tiny_llama(folder)
     loop = asyncio.new_event_loop()
-    pool = GenerationPool(kv_cache_gib=0.25)
+    config = run_config(folder, pools={"generation": {"kv_cache_gib": 0.25}})
     extension = "faulty_receiver.FaultyReceiver"
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parent)])):
-        actor = GenerationActor(pool, str(folder), MAX_MODEL_LEN, 0, False, worker_extension=extension)
+        actor = GenerationActor(config, 0, str(folder), MAX_MODEL_LEN, worker_extension=extension)
         loop.run_until_complete(actor.start())
         bench = Bench(loop, actor, folder, files)
         fresh = WeightPublisher(actor, TorchPolicy(folder, files), Probe(), lambda event, **fields: None)
@@ -292,7 +295,7 @@ def test_after_new_weights_the_gap_is_that_of_a_fresh_engine(bench):
     policy = bench.policy()
     publisher = bench.publisher(policy, bench.actor)
     policy.step()
-    bench.run(publisher.publish())
+    bench.run(publish(publisher))
     scores = bench.run(bench.actor.score(_sequences(LONG_PROMPT)))
     for score, sequence in zip(scores, _sequences(LONG_PROMPT), strict=True):
         np.testing.assert_allclose(score, policy.forward(sequence), atol=1e-3)
@@ -314,8 +317,9 @@ class SkippedPublish:
 
 
 def _keep_prefix_cache(actor, patch: pytest.MonkeyPatch) -> None:
-    pause = actor._engine.pause_generation
-    patch.setattr(actor._engine, "pause_generation", lambda mode, clear_cache: pause(mode=mode, clear_cache=False))
+    core = actor._engine.engine_core
+    pause = core.pause_scheduler_async
+    patch.setattr(core, "pause_scheduler_async", lambda mode, clear_cache: pause(mode=mode, clear_cache=False))
 
 
 def test_a_skipped_publish_is_found(bench):
@@ -323,7 +327,7 @@ def test_a_skipped_publish_is_found(bench):
     publisher = bench.publisher(policy, SkippedPublish(bench.actor))
     policy.step()
     with pytest.raises(StaleWeightsError, match="version 1"):
-        bench.run(publisher.publish())
+        bench.run(publish(publisher))
 
 
 def test_a_stale_tied_head_is_found(bench):
@@ -334,7 +338,7 @@ def test_a_stale_tied_head_is_found(bench):
     bench.run(engine.collective_rpc("drop_head", args=(True,)))
     try:
         with pytest.raises(StaleWeightsError):
-            bench.run(publisher.publish())
+            bench.run(publish(publisher))
     finally:
         bench.run(engine.collective_rpc("drop_head", args=(False,)))
 
@@ -345,7 +349,7 @@ def test_a_kept_prefix_cache_is_found_with_long_prompts_and_needs_its_own_mean(b
     policy.step()
     _keep_prefix_cache(bench.actor, monkeypatch)
     with pytest.raises(StaleWeightsError):
-        bench.run(publisher.publish())
+        bench.run(publish(publisher))
     fresh_tokens = [
         np.delete(np.abs(score - policy.forward(sequence)), -1)
         for score, sequence in zip(
@@ -355,10 +359,32 @@ def test_a_kept_prefix_cache_is_found_with_long_prompts_and_needs_its_own_mean(b
     assert np.max(fresh_tokens) < 1e-3
 
 
-def test_weights_that_cannot_be_read_leave_generation_paused(bench):
+def test_weights_taken_beside_generation_are_bit_for_bit_those_of_vllms_own_reload(bench):
+    policy = bench.policy()
+    old = bench.run(bench.actor.score(_sequences(8)))
+    policy.step(scale=0.1)
+    weights = bench.run(policy.export_weights())
+    report = bench.run(bench.actor.load_weights(weights))
+    assert report.repack_s > 0
+    beside = bench.run(bench.actor.score(_sequences(8)))
+    engine = bench.actor._engine
     bench.policy()
-    missing = PolicyWeights(version=7, path=bench.files / "missing.safetensors", num_bytes=0)
-    with pytest.raises(RunError, match="version 7"):
-        bench.run(bench.actor.load_weights(missing))
-    assert bench.run(bench.actor._engine.is_paused())
-    bench.run(bench.actor._engine.resume_generation())
+    np.testing.assert_array_equal(bench.run(bench.actor.score(_sequences(8))), old)
+    bench.run(engine.collective_rpc("hide_shadow", args=(True,)))
+    try:
+        bench.run(bench.actor.load_weights(weights))
+        np.testing.assert_array_equal(bench.run(bench.actor.score(_sequences(8))), beside)
+    finally:
+        bench.run(engine.collective_rpc("hide_shadow", args=(False,)))
+    assert np.max(np.abs(np.subtract(beside, old))) > 0.1
+
+
+@pytest.mark.parametrize("changed", [{"version": 7}, {"checksum": 1}, {"path": Path("missing.safetensors")}])
+def test_weights_that_are_not_what_was_sent_leave_the_engine_running_on_the_old_ones(bench, changed):
+    policy = bench.policy()
+    before = bench.run(bench.actor.score(_sequences(8)))
+    policy.step()
+    weights = replace(bench.run(policy.export_weights()), **changed)
+    with pytest.raises(RunError, match=f"could not take version {weights.version}"):
+        bench.run(bench.actor.load_weights(weights))
+    np.testing.assert_array_equal(bench.run(bench.actor.score(_sequences(8))), before)

@@ -1,19 +1,22 @@
 """The pools over a real local Ray, with actors that have no networks (``dummy_actors``)."""
 
 import asyncio
+import dataclasses
+import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import ray
 from dummy_actors import DIE, FAIL, HANG, UNSENDABLE
 from ray.util import placement_group_table
 
 from actors.generation_group import RayGenerationPool
 from actors.groups import PAIR_CHUNK, RayPolicyPool, RayRewardPool, RayScoringPool, split_evenly
 from actors.remote_actor import ActorSpec
-from actors.session import LOOPBACK, ray_session
+from actors.session import LOOPBACK, log_folder, ray_session
 from ocrm_ray.config import Deadlines
 from ocrm_ray.errors import ActorDiedError, DeadlineError, Problem, RunError, UserError
 from ocrm_ray.records import GenerationRequest, PolicyWeights, Prompt, RefitReport, RefitRequest, Sequence
@@ -129,6 +132,43 @@ def test_a_request_goes_to_the_engine_with_fewer_open_samples(runner, engines):
     assert sorted(after) == [["later-0"], ["later-1"]]
 
 
+def test_a_full_engine_leaves_requests_in_the_queue_until_one_ends(runner):
+    pool = start(runner, RayGenerationPool, ("DummyEngine", ()))
+    pool.max_open_samples = 2
+
+    async def generate():
+        long = asyncio.create_task(pool.generate(ask("long", HANG)))
+        waiting = [asyncio.create_task(pool.generate(ask(name))) for name in ("first", "second")]
+        await asyncio.wait(waiting)
+        batches = (await history(pool.actors[0]))[0]
+        await pool.abort("long")
+        await asyncio.wait([long])
+        return batches
+
+    assert runner.run(generate()) == [["long", "first"], ["second"]]
+    runner.run(pool.close())
+
+
+def test_an_urgent_request_overtakes_those_that_wait_for_an_engine(runner):
+    pool = start(runner, RayGenerationPool, ("DummyEngine", ()))
+    pool.max_open_samples = 1
+
+    async def generate():
+        requests = [ask("first"), ask("second"), dataclasses.replace(ask("urgent"), priority=-1)]
+        await asyncio.gather(*(pool.generate(request) for request in requests))
+        return (await history(pool.actors[0]))[0]
+
+    assert runner.run(generate()) == [["urgent"], ["first"], ["second"]]
+    runner.run(pool.close())
+
+
+def test_a_request_larger_than_an_engine_s_room_runs_alone(runner, engines):
+    pool = start(runner, RayGenerationPool, ("DummyEngine", ()))
+    pool.max_open_samples = 2
+    assert len(runner.run(pool.generate(ask("large", num_samples=5)))) == 5
+    runner.run(pool.close())
+
+
 def test_a_request_that_fails_raises_its_own_error_and_no_other(runner, engines):
     async def generate():
         requests = [ask("works", seed=3), ask("fails", FAIL), ask("works too", seed=4)]
@@ -196,6 +236,16 @@ def test_the_death_of_an_engine_reaches_every_open_request(runner):
     assert [type(error) for error in errors] == [ActorDiedError, ActorDiedError]
     assert all("generation-0" in str(error) for error in errors)
     runner.run(pool.close())
+
+
+@pytest.mark.parametrize("yields", [False, True])
+def test_only_an_actor_that_yields_runs_under_sched_idle_with_every_thread(runner, yields):
+    spec = ActorSpec("generation-0", "dummy_actors:DummyEngine", (), 1, asynchronous=True, yields=yields)
+    pool = runner.run(RayGenerationPool.start([spec], [BUNDLE], DEADLINES))
+    process = psutil.Process(runner.run(pool.actors[0].call("process_id", deadline_s=20)))
+    policies = {os.sched_getscheduler(thread.id) for thread in process.threads()}
+    runner.run(pool.close())
+    assert policies == {os.SCHED_IDLE if yields else os.SCHED_OTHER}
 
 
 def test_close_shuts_the_engine_down_and_leaves_no_process(runner, tmp_path):
@@ -267,13 +317,13 @@ def test_an_actor_gets_its_threads_and_the_token_but_no_log_does(runner, session
     threads, math_threads, token = (tmp_path / "environment").read_text().splitlines()
     assert (threads, math_threads) == ("OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1")
     assert token == f"HF_TOKEN={TOKEN}"
-    logs = [path for path in session.logs.rglob("*") if path.is_file()]
+    logs = [path for path in Path(log_folder()).rglob("*") if path.is_file()]
     assert any("OMP_NUM_THREADS" in path.read_text(errors="replace") for path in logs)
     assert not any(TOKEN in path.read_text(errors="replace") for path in logs)
 
 
 def test_a_batch_is_spread_over_the_scorers_and_comes_back_in_order(runner, scoring):
-    anchors, sft = runner.run(scoring.score(respond(*range(5)), "staged"))
+    anchors, sft = runner.run(scoring.score(respond(*range(5)), ("staged", "sft")))
     assert [row.tolist() for row in sft] == [[0, 0], [1, 0], [2, 1], [3, 1], [4, 1]]
     assert [row.tolist() for row in anchors] == [[2.0]] * 5
 
@@ -323,7 +373,7 @@ def test_shares_are_even_complete_and_never_empty(num_items, num_parts):
 def test_ray_listens_on_loopback_alone(session):
     processes = psutil.Process().children(recursive=True)
     addresses = [c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    assert session.address.startswith(LOOPBACK)
+    assert ray.get_runtime_context().gcs_address.startswith(LOOPBACK)
     assert addresses
     assert {address.removeprefix("::ffff:") for address in addresses} == {LOOPBACK}
 
@@ -331,3 +381,30 @@ def test_ray_listens_on_loopback_alone(session):
 def placed_groups(pool):
     groups = placement_group_table().values()
     return [group["name"] for group in groups if group["name"].startswith(pool) and group["state"] != "REMOVED"]
+
+
+def test_weights_in_the_object_store_reach_scorers_in_place_and_engines_through_one_file_of_their_node(runner, session):
+    import torch
+
+    from actors.weight_transport import LocalCopy, WeightExporter, WeightReader
+
+    async def publish(version, tensors):
+        weights = exporter.export(version, tensors)
+        local = await copy.fetch(weights)
+        for read in (weights, local):
+            with reader.read(read) as received:
+                assert {name: value.tolist() for name, value in received.items()} == {
+                    name: value.tolist() for name, value in tensors.items()
+                }
+        exporter.release(weights)
+        return local.path
+
+    versions = [
+        {"a": torch.full((3, 5), float(version)), "b": torch.arange(version, version + 7)} for version in (1, 2)
+    ]
+    exporter, copy, reader = WeightExporter(None, versions[0], True), LocalCopy(), WeightReader()
+    first, second = (runner.run(publish(version, tensors)) for version, tensors in enumerate(versions, start=1))
+    assert first == second
+    assert first.exists()
+    copy.close()
+    assert not first.parent.exists()

@@ -1,5 +1,7 @@
 """The trainer with real DeepSpeed engines, in this process, on a tiny policy."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -160,8 +162,65 @@ def test_exported_file_reproduces_the_trainers_logprobs_and_names_the_head(tmp_p
     rows = response_logprobs(CausalModel(model), batch, 1.0).detach()
     for row, expected in zip(rows.numpy(), actor.logprobs(SEQUENCES), strict=True):
         np.testing.assert_allclose(row[: len(expected)], expected, atol=1e-6)
-    actor.release_weights(weights)
-    assert list(weights.path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_an_export_stays_what_it_was_through_later_updates_until_its_release(tmp_path, zero_stage):
+    actor = make_actor(tmp_path, policy={"learning_rate": 3e-3, "zero_stage": zero_stage})
+    actor.update(rollouts_of(actor))
+    held, before = actor.export_weights(), sums(actor)
+    for _ in range(3):
+        actor.update(rollouts_of(actor))
+        actor.release_weights(actor.export_weights())
+    assert np.abs(sums(actor) - before).max() > 0.01
+    actor.save("held", held)
+    model = load_causal_lm(tmp_path / "test" / "held", dtype="float32", trust_remote_code=False)
+    saved = response_logprobs(model, pad_batch(SEQUENCES, EOS), 1.0).sum(1)
+    np.testing.assert_allclose(saved.detach().numpy(), before, atol=1e-5)
+    assert len(list(held.path.parent.iterdir())) == 2
+
+
+class WatchedLock:
+    """A lock that tells when someone must wait for it."""
+
+    def __init__(self):
+        self.lock, self.waited_for = threading.Lock(), threading.Event()
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.waited_for.set()
+            self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+
+def test_a_release_comes_through_while_an_update_runs_and_a_save_waits_for_its_end(tmp_path, monkeypatch):
+    actor = make_actor(tmp_path)
+    rollouts, weights = rollouts_of(actor), actor.export_weights()
+    inside, go_on, lock = threading.Event(), threading.Event(), WatchedLock()
+    monkeypatch.setattr(actor, "_lock", lock)
+    step = actor._engine.step
+
+    def held_step(factor):
+        inside.set()
+        assert go_on.wait(60)
+        return step(factor)
+
+    monkeypatch.setattr(actor._engine, "step", held_step)
+    with ThreadPoolExecutor(2) as threads:
+        updating = threads.submit(actor.update, rollouts)
+        assert inside.wait(60)
+        saving = threads.submit(actor.save, "present")
+        actor.release_weights(weights)
+        was_waited_for = lock.waited_for.wait(20)
+        go_on.set()
+        assert was_waited_for
+        assert updating.result().version == 1
+        saving.result()
+    model = load_causal_lm(tmp_path / "test" / "present", dtype="float32", trust_remote_code=False)
+    saved = response_logprobs(model, pad_batch(SEQUENCES, EOS), 1.0).sum(1)
+    np.testing.assert_allclose(saved.detach().numpy(), sums(actor), atol=1e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
@@ -269,7 +328,9 @@ def engine_weights(settings, num_parts, steps=3, **sizes):
             logprobs = response_logprobs(engine.forward, token_batch(part), 1.0)
             engine.accumulate(-logprobs.sum() / tokens[:, 1:].numel(), is_last=number == num_parts)
         norms.append(engine.step(1.0))
-    weights, rotary = engine.weights(), engine.network.model.rotary_emb.inv_freq.clone()
+    with engine.weights() as present:
+        weights = {name: tensor.clone() for name, tensor in present.items()}
+    rotary = engine.network.model.rotary_emb.inv_freq.clone()
     engine.close()
     return weights, norms, rotary
 

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from tiny_models import EOS, build_policy, pad_batch, random_pairs, run_config, save_pairs, save_policy
 
 from actors.scoring import ScoringActor
+from actors.weight_transport import WeightExporter
 from ocrm_ray.networks import CausalModel, response_logprobs
-from ocrm_ray.records import PolicyWeights
 
 PAIRS = random_pairs(11, seed=1)
 SEQUENCES = [pair.chosen for pair in PAIRS]
@@ -39,9 +38,8 @@ def moved_policy():
 
 
 def published(tmp_path, version=3):
-    path = tmp_path / f"policy-v{version}.safetensors"
-    save_file({name: tensor.clone() for name, tensor in moved_policy().state_dict().items()}, path)
-    return PolicyWeights(version, path, path.stat().st_size)
+    tensors = moved_policy().state_dict()
+    return WeightExporter(tmp_path / "exports", tensors, checksum=True).export(version, tensors)
 
 
 def expected_rows(model, sequences, temperature):
@@ -73,14 +71,14 @@ def test_staged_anchor_scores_beside_the_live_one_until_the_commit(actor, tmp_pa
     actor.stage_anchor("snapshot-3", published(tmp_path))
     moved = expected_rows(moved_policy(), SEQUENCES, TEMPERATURE)
     live, sft = actor.score(SEQUENCES)
-    staged, _ = actor.score(SEQUENCES, "snapshot-3")
+    staged, _ = actor.score(SEQUENCES, ("snapshot-3", "sft"))
     assert_rows_close(live, sft)
     assert_rows_close(staged, moved)
     actor.commit("snapshot-3", 3)
     anchor, sft_after = actor.score(SEQUENCES)
     assert_rows_close(anchor, moved)
     assert_rows_close(sft_after, sft)
-    assert_rows_close(actor.score(SEQUENCES, "snapshot-3")[0], moved)
+    assert_rows_close(actor.score(SEQUENCES, ("snapshot-3", "sft"))[0], moved)
 
 
 def test_commit_again_or_of_nothing_staged_changes_nothing(actor, tmp_path):
@@ -96,7 +94,7 @@ def test_commit_again_or_of_nothing_staged_changes_nothing(actor, tmp_path):
 
 def test_unknown_slot_is_refused(actor):
     with pytest.raises(AssertionError, match="no anchor in slot"):
-        actor.score(SEQUENCES, "snapshot-99")
+        actor.score(SEQUENCES, ("snapshot-99",))
 
 
 def test_pairs_are_summed_under_the_snapshot_at_the_rollout_temperature(actor, tmp_path):

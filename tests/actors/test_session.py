@@ -23,8 +23,8 @@ async def hang():
     print("hangs", flush=True)
     await pool.update([HANG])
 
-with ray_session("test") as session:
-    print(session.shared_memory, flush=True)
+with ray_session("test") as shared_memory:
+    print(shared_memory, flush=True)
     asyncio.run(hang())
 """
 

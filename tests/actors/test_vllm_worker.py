@@ -7,8 +7,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from actors.vllm_worker import SHARED_MEMORY, WeightReceiver
+from actors.weight_transport import WeightExporter
+from ocrm_ray.errors import StaleWeightsError
+from ocrm_ray.records import PolicyWeights
 
 ROOT = Path(__file__).parents[2]
 WORKER = """
@@ -48,7 +52,9 @@ def test_a_process_that_is_no_ancestor_is_refused():
 
 
 class _Runner:
-    """Stands in for vLLM's model runner."""
+    """Stands in for vLLM's model runner on a GPU."""
+
+    device = torch.device("cuda")
 
     def __init__(self, tied: bool) -> None:
         self.received: dict[str, list[float]] = {}
@@ -65,28 +71,44 @@ class _Runner:
 def _receiver(tied: bool) -> WeightReceiver:
     receiver = WeightReceiver()
     receiver.model_runner = _Runner(tied)
+    receiver.start_receiving()
     return receiver
 
 
-@pytest.mark.parametrize(("tied", "names"), [(False, ["a"]), (True, ["a", "lm_head.weight"])])
-def test_every_tensor_of_the_file_reaches_the_model(tmp_path, tied, names):
-    import torch
-    from safetensors.torch import save_file
+def _prepare(receiver: WeightReceiver, weights: PolicyWeights) -> None:
+    receiver.prepare_weights(weights.version, str(weights.path), weights.checksum)
+    receiver._background.shutdown(wait=True)
+    assert receiver.weights_prepared() is not None
 
-    path = tmp_path / "weights.safetensors"
-    save_file({name: torch.full((2,), float(index)) for index, name in enumerate(names)}, path)
+
+@pytest.mark.parametrize(("tied", "names"), [(False, ["a"]), (True, ["a", "lm_head.weight"])])
+def test_every_tensor_reaches_the_model_in_the_pause_and_none_before(tmp_path, tied, names):
+    tensors = {name: torch.full((2,), float(index)) for index, name in enumerate(names)}
+    weights = WeightExporter(tmp_path, tensors, checksum=True).export(3, tensors)
     receiver = _receiver(tied)
-    receiver.receive_weights(str(path))
+    _prepare(receiver, weights)
+    assert receiver.model_runner.received == {}
+    assert receiver.take_weights() > 0
     assert receiver.model_runner.received == {name: [float(index)] * 2 for index, name in enumerate(names)}
 
 
 def test_a_tied_model_without_its_head_is_refused_before_anything_is_loaded(tmp_path):
-    import torch
-    from safetensors.torch import save_file
-
-    path = tmp_path / "weights.safetensors"
-    save_file({"model.embed_tokens.weight": torch.zeros(2)}, path)
+    tensors = {"model.embed_tokens.weight": torch.zeros(2)}
+    weights = WeightExporter(tmp_path, tensors, checksum=False).export(3, tensors)
     receiver = _receiver(tied=True)
     with pytest.raises(ValueError, match="lm_head"):
-        receiver.receive_weights(str(path))
+        _prepare(receiver, weights)
+    assert receiver.model_runner.received == {}
+
+
+def test_weights_rewritten_between_looking_and_taking_are_refused(tmp_path):
+    tensors = {"a": torch.zeros(2)}
+    exporter = WeightExporter(tmp_path, tensors, checksum=False)
+    weights = exporter.export(3, tensors)
+    receiver = _receiver(tied=False)
+    _prepare(receiver, weights)
+    exporter.release(weights)
+    exporter.export(4, tensors)
+    with pytest.raises(StaleWeightsError, match="version 4 instead of version 3"):
+        receiver.take_weights()
     assert receiver.model_runner.received == {}

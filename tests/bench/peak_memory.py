@@ -13,15 +13,17 @@ import psutil
 INTERVAL_S = 2.0
 
 
+def pss_bytes(process: psutil.Process) -> int:
+    """PSS of a process; one that has ended counts nothing."""
+    try:
+        return int(process.memory_full_info().pss)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
+
+
 def tree_pss_bytes(root: psutil.Process) -> int:
-    """PSS of a process and all its descendants; one that ends meanwhile counts nothing."""
-    total = 0
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return total
+    """PSS of a process and all its descendants."""
+    return sum(pss_bytes(process) for process in [root, *root.children(recursive=True)])
 
 
 def main(command: list[str]) -> int:
