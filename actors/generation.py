@@ -6,6 +6,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,37 +45,29 @@ def engine_environment(pool: GenerationPool) -> dict[str, str]:
     return common | {"TORCHDYNAMO_DISABLE": "1"} if _on_cpu(pool) else common
 
 
+@dataclass(eq=False)
 class GenerationActor:
     """One engine. Every method but the constructor runs on one event loop; ``start`` comes first.
 
     Requests go in by ``submit`` and come back by ``collect``, many at a time, because a Ray call for each
     prompt costs more than the sampling of a small model.
+
+    ``number``: of the engine in its pool. ``model_path``: a Hugging Face folder with tokenizer. ``max_model_len``:
+    tokens of prompt and response. ``by_nccl``: how weights come. ``worker_extension``: dotted path, importable in the
+    engine's processes through PYTHONPATH.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        number: int,
-        model_path: str,
-        max_model_len: int,
-        by_nccl: bool = False,
-        worker_extension: str = "actors.vllm_worker.WeightReceiver",
-    ) -> None:
-        """``number``: of the engine in its pool. ``model_path``: a Hugging Face folder with tokenizer.
+    config: RunConfig
+    number: int
+    model_path: str
+    max_model_len: int
+    by_nccl: bool = False
+    worker_extension: str = "actors.vllm_worker.WeightReceiver"
 
-        ``max_model_len``: tokens of prompt and response. ``by_nccl``: how weights come. ``worker_extension``: dotted
-        path, importable in the engine's processes through PYTHONPATH.
-        """
-        self._pool = config.pools.generation
-        self._model_path = model_path
-        self._max_model_len = max_model_len
-        self._seed = config.seed + number
-        self._trust_remote_code = config.trust_remote_code
-        self._by_nccl = by_nccl
-        self._first_rank = 1 + number * nccl_transport.ranks_per_engine(self._pool)
+    def __post_init__(self) -> None:
+        self._pool = self.config.pools.generation
         self._has_joined = False
         self._local_copy = LocalCopy()
-        self._worker_extension = worker_extension
         self._engine: Any = None
         self._engine_pid = 0
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -107,10 +100,6 @@ class GenerationActor:
         while not self._finished.empty():
             results.append(self._finished.get_nowait())
         return results
-
-    async def generate(self, requests: list[GenerationRequest]) -> list[tuple[Sample, ...]]:
-        """Sample and wait for all; apart from ``submit`` and ``collect``. Raises the first error."""
-        return list(await asyncio.gather(*(self._sample(request) for request in requests)))
 
     async def abort(self, request_ids: list[str]) -> None:
         """Drop submitted requests; ``collect`` never returns them. One that is already finished stays so."""
@@ -159,11 +148,6 @@ class GenerationActor:
             score[probe_position(sequence)] = value
         return list(scores)
 
-    async def check_health(self) -> None:
-        """Raise ActorDiedError if the engine's processes are gone."""
-        with _death_named():
-            await self._engine.check_health()
-
     async def shutdown(self) -> None:
         """Drop what is running and end the engine's processes."""
         await _cancel(self._running.values())
@@ -179,25 +163,25 @@ class GenerationActor:
 
         on_cpu = _on_cpu(self._pool)
         return AsyncEngineArgs(
-            model=self._model_path,
+            model=self.model_path,
             dtype=self._pool.dtype,
-            seed=self._seed,
-            max_model_len=self._max_model_len,
+            seed=self.config.seed + self.number,
+            max_model_len=self.max_model_len,
             max_num_seqs=self._pool.max_running,
             load_format="safetensors",
-            trust_remote_code=self._trust_remote_code,
+            trust_remote_code=self.config.trust_remote_code,
             enforce_eager=on_cpu,
             # vLLM's CPU worker dies when the prompt of a seeded request is split: its generator cannot be set back
             enable_chunked_prefill=not on_cpu,
-            max_num_batched_tokens=max(PREFILL_TOKENS, self._max_model_len) if on_cpu else None,
+            max_num_batched_tokens=max(PREFILL_TOKENS, self.max_model_len) if on_cpu else None,
             enable_prefix_caching=True,
             kv_cache_memory_bytes=int(self._pool.kv_cache_gib * GIB) if on_cpu else None,
             gpu_memory_utilization=self._pool.gpu_memory_share,
             tensor_parallel_size=nccl_transport.ranks_per_engine(self._pool),
-            weight_transfer_config=WeightTransferConfig(backend="nccl") if self._by_nccl else None,
+            weight_transfer_config=WeightTransferConfig(backend="nccl") if self.by_nccl else None,
             distributed_executor_backend="mp",
             logprobs_mode="processed_logprobs",
-            worker_extension_cls=self._worker_extension,
+            worker_extension_cls=self.worker_extension,
             disable_log_stats=True,
         )
 
@@ -205,7 +189,8 @@ class GenerationActor:
         """Everything that can be done while the engine generates; seconds of (checking, repacking)."""
         if weights.nccl is not None:
             if not self._has_joined:
-                await nccl_transport.join(self._engine, weights, self._first_rank)
+                first_rank = 1 + self.number * nccl_transport.ranks_per_engine(self._pool)
+                await nccl_transport.join(self._engine, weights, first_rank)
                 self._has_joined = True
             return 0.0, 0.0
         await self._engine.collective_rpc(

@@ -5,31 +5,42 @@ Nothing here imports torch, vllm or deepspeed: actors are given by path and buil
 
 import asyncio
 import itertools
+from collections.abc import Callable, Coroutine
 from collections.abc import Sequence as Seq
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
 from actors.ray_pool import RayPool
 from actors.remote_actor import RemoteActor, call_all
-from ocrm_ray.records import (
-    Calibration,
-    EvaluationReport,
-    FloatArray,
-    IntArray,
-    PolicyWeights,
-    RefitReport,
-    RefitRequest,
-    Rollout,
-    Sample,
-    Sequence,
-    UpdateReport,
-)
+from ocrm_ray.cluster import Cluster
+from ocrm_ray.pools import Evaluator, PolicyPool, RewardPool, ScoringPool
+from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
 
 PAIR_CHUNK = 512
 """Training pairs of one ``pair_logprobs`` message: what one deadline covers."""
+ALL, ALL_BUT_LAST, LAST = slice(None), slice(-1), slice(-1, None)
 
 Item = TypeVar("Item")
+Parameters = ParamSpec("Parameters")
+Answer = TypeVar("Answer")
+
+
+def asks(
+    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Answer]],
+    actors: slice = ALL,
+    deadline: str = "request_s",
+) -> Callable[Concatenate[RayPool, Parameters], Coroutine[Any, Any, Answer]]:
+    """``method`` of a pool whose ``actors`` all do it under the same name; the answer is the first one's."""
+
+    async def ask(pool: RayPool, /, *arguments: Parameters.args, **named: Parameters.kwargs) -> Answer:
+        assert not named, f"{method.__name__}: arguments go to actors by position"
+        deadline_s = getattr(pool.deadlines, deadline)
+        answers = await call_all(pool.actors[actors], method.__name__, *arguments, deadline_s=deadline_s)
+        first: Answer = answers[0]
+        return first
+
+    return ask
 
 
 def split_evenly(items: Seq[Item], num_parts: int) -> list[list[Item]]:
@@ -42,11 +53,10 @@ async def score_spread(
     actors: Seq[RemoteActor], sequences: Seq[Sequence], by: str | tuple[str, ...], *, deadline_s: float
 ) -> list[Any]:
     """``score(share, by)`` of each actor on its share of ``sequences``; idle actors are not asked."""
-    shares = split_evenly(sequences, len(actors))
-    calls = (
-        actor.call("score", share, by, deadline_s=deadline_s) for actor, share in zip(actors, shares, strict=False)
+    shares = zip(actors, split_evenly(sequences, len(actors)), strict=False)
+    return list(
+        await asyncio.gather(*(actor.call("score", share, by, deadline_s=deadline_s) for actor, share in shares))
     )
-    return list(await asyncio.gather(*calls))
 
 
 class RayPolicyPool(RayPool):
@@ -55,37 +65,17 @@ class RayPolicyPool(RayPool):
     name = "policy"
     farewell = "close"
 
-    async def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
-        report: UpdateReport = await self._on_every_rank("update", list(rollouts))
-        return report
-
-    async def export_weights(self) -> PolicyWeights:
-        weights: PolicyWeights = await self._on_every_rank("export_weights")
-        return weights
+    update = asks(PolicyPool.update)
+    export_weights = asks(PolicyPool.export_weights)
+    release_weights = asks(PolicyPool.release_weights)
+    logprobs = asks(PolicyPool.logprobs)
+    stage = asks(PolicyPool.stage)
+    commit = asks(PolicyPool.commit)
+    save = asks(PolicyPool.save)
 
     async def send_weights(self, weights: PolicyWeights) -> None:
         if weights.nccl is not None:
             await self.actors[0].call("send_weights", weights, deadline_s=self.deadlines.publish_s)
-
-    async def release_weights(self, weights: PolicyWeights) -> None:
-        await self._on_every_rank("release_weights", weights)
-
-    async def logprobs(self, sequences: Seq[Sequence]) -> list[FloatArray]:
-        rows: list[FloatArray] = await self._on_every_rank("logprobs", list(sequences))
-        return rows
-
-    async def stage(self, promotion_id: str, refit: RefitReport | None) -> None:
-        await self._on_every_rank("stage", promotion_id, refit)
-
-    async def commit(self, promotion_id: str, reward_version: int, anchor_version: int) -> None:
-        await self._on_every_rank("commit", promotion_id, reward_version, anchor_version)
-
-    async def save(self, name: str, weights: PolicyWeights | None = None) -> None:
-        await self._on_every_rank("save", name, weights)
-
-    async def _on_every_rank(self, method: str, *arguments: object) -> Any:
-        """The first rank's answer, once all have answered."""
-        return (await call_all(self.actors, method, *arguments, deadline_s=self.deadlines.request_s))[0]
 
 
 class RayScoringPool(RayPool):
@@ -94,62 +84,42 @@ class RayScoringPool(RayPool):
     name = "scoring"
     farewell = "close"
 
-    @property
-    def _scorers(self) -> Seq[RemoteActor]:
-        return self.actors[:-1]
-
-    @property
-    def _background(self) -> RemoteActor:
-        return self.actors[-1]
+    stage_anchor = asks(ScoringPool.stage_anchor, ALL_BUT_LAST)
+    commit = asks(ScoringPool.commit, ALL_BUT_LAST)
 
     async def score(self, sequences: Seq[Sequence], models: Seq[str] = ("live", "sft")) -> list[list[FloatArray]]:
-        shares = await score_spread(self._scorers, sequences, tuple(models), deadline_s=self.deadlines.request_s)
+        deadline_s = self.deadlines.request_s
+        shares = await score_spread(self.actors[ALL_BUT_LAST], sequences, tuple(models), deadline_s=deadline_s)
         return [[row for share in shares for row in share[number]] for number in range(len(models))]
 
     async def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
         """Chunk after chunk on the background actor, so that scoring for the policy is never behind it."""
-        deadline_s = self.deadlines.request_s
+        background, deadline_s = self.actors[-1], self.deadlines.request_s
         if weights is not None:
-            await self._background.call("load_snapshot", weights, deadline_s=deadline_s)
+            await background.call("load_snapshot", weights, deadline_s=deadline_s)
         chunks = [
-            await self._background.call("pair_logprobs", weights, chunk, deadline_s=deadline_s)
+            await background.call("pair_logprobs", weights, chunk, deadline_s=deadline_s)
             for chunk in (indices[start : start + PAIR_CHUNK] for start in range(0, len(indices), PAIR_CHUNK))
         ]
         return np.concatenate([np.zeros((0, 2), dtype=np.float32), *chunks])
 
-    async def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
-        await call_all(self._scorers, "stage_anchor", promotion_id, weights, deadline_s=self.deadlines.request_s)
-
-    async def commit(self, promotion_id: str, anchor_version: int) -> None:
-        await call_all(self._scorers, "commit", promotion_id, anchor_version, deadline_s=self.deadlines.request_s)
-
 
 class RayRewardPool(RayPool):
-    """``RewardPool`` over ``RewardServer``s and, the last actor, one ``RewardRefitter``."""
+    """``RewardPool`` over ``RewardServer``s and, the last actor, one ``RewardRefitter``.
+
+    Every server calibrates a staged model on the same set: the first one's answer is that of all.
+    """
 
     name = "reward"
 
-    @property
-    def _servers(self) -> Seq[RemoteActor]:
-        return self.actors[:-1]
+    refit = asks(RewardPool.refit, LAST, "refit_s")
+    stage = asks(RewardPool.stage, ALL_BUT_LAST)
+    commit = asks(RewardPool.commit, ALL_BUT_LAST)
 
     async def score(self, sequences: Seq[Sequence], slot: str = "live") -> FloatArray:
-        shares = await score_spread(self._servers, sequences, slot, deadline_s=self.deadlines.request_s)
+        deadline_s = self.deadlines.request_s
+        shares = await score_spread(self.actors[ALL_BUT_LAST], sequences, slot, deadline_s=deadline_s)
         return np.concatenate([np.zeros(0, dtype=np.float32), *shares])
-
-    async def refit(self, request: RefitRequest) -> RefitReport:
-        report: RefitReport = await self.actors[-1].call("refit", request, deadline_s=self.deadlines.refit_s)
-        return report
-
-    async def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
-        """Every server calibrates the same model on the same set: the first one's answer is that of all."""
-        calibrations: list[Calibration] = await call_all(
-            self._servers, "stage", promotion_id, refit, deadline_s=self.deadlines.request_s
-        )
-        return calibrations[0]
-
-    async def commit(self, promotion_id: str, reward_version: int) -> None:
-        await call_all(self._servers, "commit", promotion_id, reward_version, deadline_s=self.deadlines.request_s)
 
 
 class RayEvaluator(RayPool):
@@ -157,17 +127,5 @@ class RayEvaluator(RayPool):
 
     name = "evaluation"
 
-    async def evaluate(
-        self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[FloatArray], sft_logprobs: Seq[Seq[FloatArray]]
-    ) -> tuple[EvaluationReport, list[dict[str, object]]]:
-        answer: tuple[EvaluationReport, list[dict[str, object]]] = await self.actors[0].call(
-            "evaluate", step, list(samples), list(proxy), list(sft_logprobs), deadline_s=self.deadlines.request_s
-        )
-        return answer
-
-    async def gold(self, prompts: Seq[str], responses: Seq[str], references: Seq[str | None]) -> list[float]:
-        """Gold scores [N] of responses, to label pairs with."""
-        scores: list[float] = await self.actors[0].call(
-            "gold", list(prompts), list(responses), list(references), deadline_s=self.deadlines.request_s
-        )
-        return scores
+    evaluate = asks(Evaluator.evaluate)
+    gold = asks(Cluster.gold)

@@ -6,8 +6,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from actors.placement import place
-from actors.remote_actor import ActorSpec, spawn
+from actors.ray_pool import RayPool
+from actors.remote_actor import ActorSpec
 from actors.session import ray_session
 from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import study_runs
@@ -15,7 +15,12 @@ from ocrm_ray.progress import ProgressDisplay
 from ocrm_ray.study_report import study_table, write_study
 
 COORDINATOR_CPUS = 0.1
-POLL_S = 0.5
+
+
+class CoordinatorPool(RayPool):
+    """The one actor that holds the coordinator."""
+
+    name = "coordinator"
 
 
 def run(config: RunConfig, resume: bool) -> str:
@@ -60,17 +65,12 @@ def forget_training(run_dir: Path) -> None:
 
 async def _run(config: RunConfig, shared_memory: Path, display: ProgressDisplay, arm: str | None) -> dict[str, object]:
     """Run the coordinator's actor to its end and return its summary; its own error is raised here."""
-    group = await place("coordinator", [{"CPU": COORDINATOR_CPUS}], config.deadlines.start_s)
-    arguments = (config, shared_memory)
-    spec = ActorSpec("coordinator", "actors.run_actor:RunActor", arguments, threads=1, asynchronous=True)
-    coordinator = spawn(spec, group, 0)
+    spec = ActorSpec("coordinator", "actors.run_actor:RunActor", (config, shared_memory), threads=1, asynchronous=True)
+    coordinator = await CoordinatorPool.start([spec], [{"CPU": COORDINATOR_CPUS}], config.deadlines)
     try:
-        await coordinator.start(config.deadlines.start_s)
-        running = asyncio.ensure_future(coordinator.call("run", deadline_s=None))
-        while not (await asyncio.wait({running}, timeout=POLL_S))[0]:
-            state = await coordinator.call("progress", deadline_s=config.deadlines.request_s)
-            display.update(replace(state, arm=arm))
-        summary: dict[str, object] = await running
+        summary: dict[str, object] = await coordinator.actors[0].watch(
+            "run", lambda state: display.update(replace(state, arm=arm)), config.deadlines.request_s
+        )
         return summary
     finally:
-        coordinator.kill()
+        await coordinator.close()

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.actor_host import ActorHost, AsyncActorHost
 from ocrm_ray.errors import ActorDiedError, DeadlineError, RunError
 
+PROGRESS_S = 0.5
+"""Between questions how far an actor is."""
 _FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR")
 _SECRET = ("HF_TOKEN",)
 _COLOUR = re.compile(r"\x1b\[\d+m")
@@ -67,6 +69,13 @@ class RemoteActor:
         """
         remote = self._handle.call.options(name=f"{self.role}.{method}").remote
         return await self._answer(remote(method, arguments), method, deadline_s)
+
+    async def watch(self, method: str, tell: Callable[[Any], None], deadline_s: float) -> Any:
+        """Answer of ``method``, however long it takes; meanwhile ``tell`` gets what ``progress`` answers."""
+        running = asyncio.ensure_future(self.call(method, deadline_s=None))
+        while not (await asyncio.wait({running}, timeout=PROGRESS_S))[0]:
+            tell(await self.call("progress", deadline_s=deadline_s))
+        return await running
 
     def kill(self) -> None:
         """End the process at once."""

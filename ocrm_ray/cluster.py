@@ -16,28 +16,21 @@ class Cluster(Protocol):
 
     async def train_sft(self, show: Show) -> None:
         """Fine-tune the base model on the training prompts' references, into the SFT stage's folder."""
-        ...
 
     async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
         """Sample from the SFT model."""
-        ...
 
     async def gold(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
         """Gold scores [N]."""
-        ...
 
     async def train_reward(self, show: Show) -> dict[str, object]:
         """Train the first reward model on all training pairs, into the reward stage's folder; returns its figures."""
-        ...
 
     async def behaviour_logprobs(self, num_pairs: int, show: Show) -> FloatArray:
         """Summed log-probs [N, 2] of the training pairs under who wrote them, at their own temperature."""
-        ...
 
     async def pools(self) -> Pools:
         """The pools of RL, ready: the policy is the SFT model at version 0, the first reward model is live."""
-        ...
 
     async def close(self) -> None:
         """End every process."""
-        ...

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 
 from ocrm_ray.algorithm.schedule import CorrectionClock
 from ocrm_ray.config import RunConfig
-from ocrm_ray.correction import Candidate, CorrectionPools, Corrector, PairData
+from ocrm_ray.correction import Candidate, Corrector, PairData
 from ocrm_ray.heldout import HeldoutPolicy
-from ocrm_ray.metered import MeteredPools
+from ocrm_ray.metered import metered
 from ocrm_ray.metrics import RunLog
 from ocrm_ray.pools import Pools
 from ocrm_ray.records import PolicyWeights, Prompt, Rollout, Sample, Sequence, UpdateReport
 from ocrm_ray.rollout_buffer import RolloutBuffer
 from ocrm_ray.rollout_pump import RolloutPump
 from ocrm_ray.rollout_scoring import RolloutScorer
-from ocrm_ray.step_metrics import Increments, StepClock, step_record
+from ocrm_ray.step_metrics import TRAIN, StepClock, step_record
 from ocrm_ray.weight_publisher import Exported, WeightPublisher
 
 
@@ -49,25 +49,17 @@ class Coordinator:
         self.settings = config.correction
         self.data = data
         self.log = log
-        self.pools = MeteredPools(pools, clock)
+        self.pools, meters = metered(pools, clock)
+        self.step_clock = StepClock(clock, meters)
         rule = self.settings.every, self.settings.promote_after, self.settings.max_lag
         self.correction_clock = CorrectionClock(*rule)
         self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, reward_version=0, anchor_version=0)
         self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts)
-        self.corrector = Corrector(
-            config,
-            CorrectionPools(self.pools.scoring, self.pools.reward, self.pools.policy),
-            self.scorer,
-            self.buffer,
-            data.pairs,
-            log.event,
-        )
+        self.corrector = Corrector(config, self.pools, self.scorer, self.buffer, data.pairs, log.event)
         self.publishing: asyncio.Task[None] | None = None
         self.publisher = WeightPublisher(self.pools.generation, self.pools.policy, config.probe, log.event)
         self.heldout = HeldoutPolicy(config, self.pools, data.heldout, log, self.publisher.release)
         self.correction: asyncio.Task[Candidate] | None = None
-        self.step_clock = StepClock(clock, self.pools.meters)
-        self.increments = Increments()
 
     @property
     def buffer(self) -> RolloutBuffer:
@@ -110,7 +102,7 @@ class Coordinator:
             for scores in rollout.scores:
                 assert scores.reward_version == live.reward_version, "scored by another reward model than the live one"
                 assert scores.anchor_version == live.anchor_version, "scored by another anchor than the live one"
-        with self.step_clock.timed("train"):
+        with self.step_clock.timed(TRAIN):
             return await self.pools.policy.update(batch)
 
     async def _publish(self, tasks: asyncio.TaskGroup, version: int) -> None:
@@ -169,14 +161,13 @@ class Coordinator:
             self.heldout.begin(tasks, step, self.publisher.hold() if step > 0 else None, self.publishing)
 
     def _record(self, batch: list[Rollout], update: UpdateReport) -> None:
-        counts = self.increments.of(
+        fields = self.step_clock.close(
             straggler_wait_s=self.buffer.straggler_wait_s,
             num_reissued=self.buffer.num_reissued,
             num_rescored_late=self.scorer.num_rescored_late,
             num_deferred_corrections=self.correction_clock.num_deferred,
         )
-        times = self.step_clock.close()
-        self.log.step(step_record(self.log.elapsed_s(), self.scorer.live, batch, update, times, counts))
+        self.log.step(step_record(self.log.elapsed_s(), self.scorer.live, batch, update, fields))
 
     async def _checkpoint(self, step: int) -> None:
         if step % self.config.checkpoint.every == 0 and step < self.config.policy.num_updates:

@@ -9,20 +9,11 @@ import numpy as np
 
 from ocrm_ray.algorithm.importance import weight_statistics
 from ocrm_ray.config import RunConfig
-from ocrm_ray.pools import PolicyPool, RewardPool, ScoringPool
+from ocrm_ray.pools import Pools
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, RefitRequest
 from ocrm_ray.rollout_buffer import RolloutBuffer
 from ocrm_ray.rollout_scoring import RolloutScorer, ScoreVersions
 from ocrm_ray.strategies import make_strategy
-
-
-@dataclass(frozen=True, slots=True)
-class CorrectionPools:
-    """The pools that a correction uses."""
-
-    scoring: ScoringPool
-    reward: RewardPool
-    policy: PolicyPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +37,23 @@ class Candidate:
     ess_fraction: float | None
 
 
+@dataclass(eq=False)
 class Corrector:
-    """Runs corrections, one at a time: ``prepare`` beside rollouts and training, ``commit`` between two steps."""
+    """Runs corrections, one at a time: ``prepare`` beside rollouts and training, ``commit`` between two steps.
 
-    def __init__(
-        self,
-        config: RunConfig,
-        pools: CorrectionPools,
-        scorer: RolloutScorer,
-        buffer: RolloutBuffer,
-        pairs: PairData,
-        emit: Callable[..., None],
-    ) -> None:
-        """``emit(event, **fields)`` receives what becomes of each correction."""
-        self.settings = config.correction
-        self.strategy = make_strategy(config.correction)
-        self._seed = config.seed
-        self._pools = pools
-        self._scorer = scorer
-        self._buffer = buffer
-        self._pairs = pairs
-        self._emit = emit
+    ``emit(event, **fields)`` receives what becomes of each.
+    """
+
+    config: RunConfig
+    pools: Pools
+    scorer: RolloutScorer
+    buffer: RolloutBuffer
+    pairs: PairData
+    emit: Callable[..., None]
+
+    def __post_init__(self) -> None:
+        self.settings = self.config.correction
+        self.strategy = make_strategy(self.settings)
         self._is_near = asyncio.Event()
 
     def near(self) -> None:
@@ -75,15 +62,15 @@ class Corrector:
 
     async def prepare(self, snapshot: PolicyWeights) -> Candidate:
         """Refit for the policy ``snapshot`` and stage the result in every pool; nothing live changes."""
-        self._emit("correction_started", snapshot_version=snapshot.version, strategy=self.settings.strategy)
+        self.emit("correction_started", snapshot_version=snapshot.version, strategy=self.settings.strategy)
         try:
             return await self._prepare(snapshot)
         except Exception as error:
-            self._emit("correction_failed", snapshot_version=snapshot.version, error=f"{type(error).__name__}: {error}")
+            self.emit("correction_failed", snapshot_version=snapshot.version, error=f"{type(error).__name__}: {error}")
             raise
 
     async def _prepare(self, snapshot: PolicyWeights) -> Candidate:
-        started, num_finished = time.monotonic(), self._buffer.num_finished
+        started, num_finished = time.monotonic(), self.buffer.num_finished
         promotion_id = f"snapshot-{snapshot.version}"
         indices = self._draw_pairs(snapshot.version)
         weights, ess_fraction = await self._weights(snapshot, indices)
@@ -96,13 +83,13 @@ class Corrector:
         """Switch reward model, calibration, anchor and critic together. Call between two policy updates."""
         promotion_id, versions = candidate.promotion_id, candidate.versions
         await asyncio.gather(
-            self._pools.reward.commit(promotion_id, versions.reward_version),
-            self._pools.scoring.commit(promotion_id, versions.anchor_version),
-            self._pools.policy.commit(promotion_id, versions.reward_version, versions.anchor_version),
+            self.pools.reward.commit(promotion_id, versions.reward_version),
+            self.pools.scoring.commit(promotion_id, versions.anchor_version),
+            self.pools.policy.commit(promotion_id, versions.reward_version, versions.anchor_version),
         )
-        self._scorer.commit()
+        self.scorer.commit()
         self._is_near.clear()
-        self._emit(
+        self.emit(
             "promoted",
             promotion_id=promotion_id,
             reward_version=versions.reward_version,
@@ -112,24 +99,24 @@ class Corrector:
             ess_fraction=candidate.ess_fraction,
             refit_s=candidate.refit_s,
             lag_steps=lag_steps,
-            num_rollouts_finished=self._buffer.num_finished - candidate.num_finished_before,
+            num_rollouts_finished=self.buffer.num_finished - candidate.num_finished_before,
         )
 
     def _draw_pairs(self, snapshot_version: int) -> IntArray:
         """Which training pairs this refit uses, drawn anew for each."""
-        num_all = self._pairs.num_training
+        num_all = self.pairs.num_training
         num_used = min(self.settings.num_pairs or num_all, num_all)
-        generator = np.random.default_rng([self._seed, snapshot_version])
+        generator = np.random.default_rng([self.config.seed, snapshot_version])
         return np.sort(generator.permutation(num_all)[:num_used]).astype(np.int64)
 
     async def _weights(self, snapshot: PolicyWeights, indices: IntArray) -> tuple[FloatArray | None, float | None]:
-        if not self.strategy.needs_ratios:
+        if self.strategy.weights is None:
             return None, None
-        assert self._pairs.behaviour_logprobs is not None, "ratios need log-probs under who wrote the pairs"
-        policy_logprobs = await self._pools.scoring.pair_logprobs(snapshot, indices)
-        weights = self.strategy.weights(policy_logprobs, self._pairs.behaviour_logprobs[indices])
+        assert self.pairs.behaviour_logprobs is not None, "ratios need log-probs under who wrote the pairs"
+        policy_logprobs = await self.pools.scoring.pair_logprobs(snapshot, indices)
+        weights = self.strategy.weights(policy_logprobs, self.pairs.behaviour_logprobs[indices])
         statistics = weight_statistics(weights)
-        self._emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **statistics)
+        self.emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **statistics)
         return weights.weights.float().numpy(), statistics["ess_fraction"]
 
     async def _refit(
@@ -139,13 +126,13 @@ class Corrector:
             return None
         request = RefitRequest(
             promotion_id=promotion_id,
-            reward_version=self._scorer.live.reward_version + 1,
+            reward_version=self.scorer.live.reward_version + 1,
             indices=indices,
             weights=weights,
-            seed=self._seed,
+            seed=self.config.seed,
         )
-        refit = await self._pools.reward.refit(request)
-        self._emit(
+        refit = await self.pools.reward.refit(request)
+        self.emit(
             "refit_finished",
             snapshot_version=snapshot_version,
             reward_version=refit.reward_version,
@@ -156,19 +143,19 @@ class Corrector:
         return refit
 
     async def _stage(self, promotion_id: str, snapshot: PolicyWeights, refit: RefitReport | None) -> ScoreVersions:
-        live, moves = self._scorer.live, self.settings.kl_reference == "moving"
+        live, moves = self.scorer.live, self.settings.kl_reference == "moving"
         versions = ScoreVersions(
             reward_version=refit.reward_version if refit else live.reward_version,
             anchor_version=snapshot.version if moves else live.anchor_version,
             reward_slot=promotion_id if refit else live.reward_slot,
             anchor_slot=promotion_id if moves else live.anchor_slot,
         )
-        await self._pools.policy.stage(promotion_id, refit)
+        await self.pools.policy.stage(promotion_id, refit)
         if moves:
-            await self._pools.scoring.stage_anchor(promotion_id, snapshot)
+            await self.pools.scoring.stage_anchor(promotion_id, snapshot)
         if refit is not None:
-            calibration = await self._pools.reward.stage(promotion_id, refit)
-            self._emit("calibrated", reward_version=refit.reward_version, mean=calibration.mean, std=calibration.std)
+            calibration = await self.pools.reward.stage(promotion_id, refit)
+            self.emit("calibrated", reward_version=refit.reward_version, mean=calibration.mean, std=calibration.std)
         await self._is_near.wait()  # sooner, every rollout would be scored twice for nothing
-        await self._scorer.stage(versions, self._buffer.ready())
+        await self.scorer.stage(versions, self.buffer.ready())
         return versions

@@ -3,42 +3,41 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from ocrm_ray.config import RunConfig
-from ocrm_ray.metered import MeteredPools
 from ocrm_ray.metrics import RunLog
+from ocrm_ray.pools import Pools
 from ocrm_ray.records import EvaluationReport, GenerationRequest, PolicyWeights, Prompt, Sample
 
 HELDOUT_PRIORITY = -1
 """Before rollouts: the next publish waits for them."""
 
 
+@dataclass(eq=False)
 class HeldoutPolicy:
-    """``begin`` once a publish is on its way; the next one waits for ``sampling``, so that no sample mixes versions."""
+    """``begin`` once a publish is on its way; the next one waits for ``sampling``, so that no sample mixes versions.
 
-    def __init__(
-        self,
-        config: RunConfig,
-        pools: MeteredPools,
-        prompts: tuple[Prompt, ...],
-        log: RunLog,
-        release: Callable[[int], Awaitable[None]],
-    ) -> None:
-        """``release(version)`` gives back the weights that ``begin`` was handed."""
-        self.settings = config.evaluation
-        self._config = config
-        self._pools = pools
-        self._prompts = prompts[: self.settings.num_prompts]
-        self._log = log
-        self._release = release
-        self._best_gold = -math.inf
+    ``release(version)`` gives back the weights that ``begin`` was handed.
+    """
+
+    config: RunConfig
+    pools: Pools
+    prompts: tuple[Prompt, ...]
+    log: RunLog
+    release: Callable[[int], Awaitable[None]]
+
+    def __post_init__(self) -> None:
+        self.settings = self.config.evaluation
+        self.prompts = self.prompts[: self.settings.num_prompts]
         self.sampling: asyncio.Task[list[tuple[Sample, ...]]] | None = None
         self._measuring: asyncio.Task[None] | None = None
+        self._best_gold = -math.inf
 
     def is_due(self, step: int) -> bool:
         """Before the first update, every so many, and after the last; never without held-out prompts."""
-        return bool(self._prompts) and (step % self.settings.every == 0 or step == self._config.policy.num_updates)
+        return bool(self.prompts) and (step % self.settings.every == 0 or step == self.config.policy.num_updates)
 
     def begin(
         self,
@@ -60,7 +59,7 @@ class HeldoutPolicy:
         """The same prompts and seeds every time; the first ``num_pair_prompts`` get two samples."""
         if publishing is not None:
             await asyncio.wait([publishing])
-        rollout = self._config.rollout
+        rollout = self.config.rollout
         requests = [
             GenerationRequest(
                 request_id=f"heldout-{index}",
@@ -73,9 +72,9 @@ class HeldoutPolicy:
                 top_k=rollout.top_k,
                 priority=HELDOUT_PRIORITY,
             )
-            for index, prompt in enumerate(self._prompts)
+            for index, prompt in enumerate(self.prompts)
         ]
-        return list(await asyncio.gather(*(self._pools.generation.generate(request) for request in requests)))
+        return list(await asyncio.gather(*(self.pools.generation.generate(request) for request in requests)))
 
     async def _measure(
         self,
@@ -87,22 +86,22 @@ class HeldoutPolicy:
         samples = await sampling
         sequences = [sample.sequence for prompt_samples in samples for sample in prompt_samples]
         (sft,), proxy = await asyncio.gather(
-            self._pools.scoring.score(sequences, ("sft",)), self._pools.reward.score(sequences)
+            self.pools.scoring.score(sequences, ("sft",)), self.pools.reward.score(sequences)
         )
         if previous is not None:
             await asyncio.wait([previous])
         starts = list(accumulate((len(prompt_samples) for prompt_samples in samples), initial=0))
         bounds = list(pairwise(starts))
-        report, rows = await self._pools.evaluator.evaluate(
+        report, rows = await self.pools.evaluator.evaluate(
             step, samples, [proxy[a:b] for a, b in bounds], [sft[a:b] for a, b in bounds]
         )
-        self._log.evaluation(report)
-        self._log.samples(rows)
+        self.log.evaluation(report)
+        self.log.samples(rows)
         if weights is not None:
             await self._keep_best(report, weights)
 
     async def _keep_best(self, report: EvaluationReport, weights: PolicyWeights) -> None:
         if report.gold_mean is not None and report.gold_mean > self._best_gold:
             self._best_gold = report.gold_mean
-            await self._pools.policy.save("policy-best", weights)
-        await self._release(weights.version)
+            await self.pools.policy.save("policy-best", weights)
+        await self.release(weights.version)

@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 from typing import Any, cast
 
 from ocrm_ray.metrics import POOLS, BusyMeter
-from ocrm_ray.pools import Evaluator, GenerationPool, PolicyPool, Pools, RewardPool, ScoringPool
+from ocrm_ray.pools import GenerationPool, PolicyPool, Pools, RewardPool, ScoringPool
 
 ROLLOUT_SCORING = "rollout_scoring"
 """Meter of the scores of rollouts alone: the scoring and reward pools also work for corrections."""
@@ -33,14 +33,15 @@ class _Metered:
         return metered
 
 
-class MeteredPools:
-    """The pools of a run, each behind its meter."""
-
-    def __init__(self, pools: Pools, clock: Callable[[], float]) -> None:
-        self.meters = {name: BusyMeter(clock) for name in (*POOLS, ROLLOUT_SCORING, PUBLISHING)}
-        generation, policy, scoring, reward, scores, publishes = self.meters.values()
-        self.generation = cast(GenerationPool, _Metered(pools.generation, generation, load_weights=(publishes,)))
-        self.policy = cast(PolicyPool, _Metered(pools.policy, policy, send_weights=(publishes,)))
-        self.scoring = cast(ScoringPool, _Metered(pools.scoring, scoring, score=(scoring, scores)))
-        self.reward = cast(RewardPool, _Metered(pools.reward, reward, score=(reward, scores)))
-        self.evaluator: Evaluator = pools.evaluator
+def metered(pools: Pools, clock: Callable[[], float]) -> tuple[Pools, dict[str, BusyMeter]]:
+    """The pools of a run, each behind its meter, and the meters."""
+    meters = {name: BusyMeter(clock) for name in (*POOLS, ROLLOUT_SCORING, PUBLISHING)}
+    generation, policy, scoring, reward, scores, publishes = meters.values()
+    behind = Pools(
+        cast(GenerationPool, _Metered(pools.generation, generation, load_weights=(publishes,))),
+        cast(PolicyPool, _Metered(pools.policy, policy, send_weights=(publishes,))),
+        cast(ScoringPool, _Metered(pools.scoring, scoring, score=(scoring, scores))),
+        cast(RewardPool, _Metered(pools.reward, reward, score=(reward, scores))),
+        pools.evaluator,
+    )
+    return behind, meters

@@ -30,20 +30,16 @@ class GenerationPool(Protocol):
 
     async def generate(self, request: GenerationRequest) -> tuple[Sample, ...]:
         """Sample; returns when the last of the request's samples is finished."""
-        ...
 
     async def abort(self, request_id: str) -> None:
         """Drop a request; its ``generate`` raises ``asyncio.CancelledError`` or has been cancelled by the caller."""
-        ...
 
     async def load_weights(self, weights: PolicyWeights) -> PublishReport:
         """Put the weights live on every engine and stamp later tokens with their version."""
-        ...
 
     async def score(self, sequences: Seq[Sequence]) -> list[FloatArray]:
         """Teacher-forced log-probs [T] of the responses at temperature 1, by the path that sampling takes: those of
         the first engine, then those of the next, and so on."""
-        ...
 
 
 class PolicyPool(Protocol):
@@ -51,35 +47,27 @@ class PolicyPool(Protocol):
 
     async def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
         """One policy update, v -> v + 1. Refuses rollouts whose scores are not of the live RM and anchor."""
-        ...
 
     async def export_weights(self) -> PolicyWeights:
         """Copy the present weights to where engines and scorers can read them; later updates do not change them."""
-        ...
 
     async def send_weights(self, weights: PolicyWeights) -> None:
         """Take part in a transfer that needs both sides (NCCL), beside ``load_weights``; else nothing."""
-        ...
 
     async def release_weights(self, weights: PolicyWeights) -> None:
         """Nobody reads the exported weights any more: their place may be written again."""
-        ...
 
     async def logprobs(self, sequences: Seq[Sequence]) -> list[FloatArray]:
         """Log-probs [T] of the responses at temperature 1 under the present weights."""
-        ...
 
     async def stage(self, promotion_id: str, refit: RefitReport | None) -> None:
         """Prepare what a promotion changes in the trainer (critic weights); off the critical path."""
-        ...
 
     async def commit(self, promotion_id: str, reward_version: int, anchor_version: int) -> None:
         """Make the staged critic live, reset the optimiser if so configured, expect the new versions. Idempotent."""
-        ...
 
     async def save(self, name: str, weights: PolicyWeights | None = None) -> None:
         """Write the policy, as it is or as it was exported, as a Hugging Face model folder ``name`` of the run."""
-        ...
 
 
 class ScoringPool(Protocol):
@@ -89,20 +77,16 @@ class ScoringPool(Protocol):
         """For each of ``models`` log-probs [T] of each sequence at the rollout temperature. A model is ``sft``,
         ``live`` (the anchor) or a staged promotion_id, which stays a name of the live anchor after its commit, for
         requests on their way."""
-        ...
 
     async def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
         """Summed log-probs [N, 2] of (chosen, rejected) of training pairs: under a snapshot at the rollout
         temperature, or with None under the behaviour model at the pairs' temperature."""
-        ...
 
     async def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
         """Load a snapshot beside the live anchor."""
-        ...
 
     async def commit(self, promotion_id: str, anchor_version: int) -> None:
         """Make the staged anchor live, if one was staged. Idempotent."""
-        ...
 
 
 class RewardPool(Protocol):
@@ -111,19 +95,15 @@ class RewardPool(Protocol):
     async def score(self, sequences: Seq[Sequence], slot: str = "live") -> FloatArray:
         """Calibrated scores [N], read at the last token. ``slot`` is ``live`` or a staged promotion_id, which stays
         a name of the live RM after its commit, for requests on their way."""
-        ...
 
     async def refit(self, request: RefitRequest) -> RefitReport:
         """Train a candidate; serving goes on."""
-        ...
 
     async def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
         """Load the candidate into a shadow slot of every server and calibrate it on the frozen set."""
-        ...
 
     async def commit(self, promotion_id: str, reward_version: int) -> None:
         """Make the staged candidate live, if one was staged. Idempotent."""
-        ...
 
 
 class Evaluator(Protocol):
@@ -134,7 +114,6 @@ class Evaluator(Protocol):
     ) -> tuple[EvaluationReport, list[dict[str, object]]]:
         """``samples[i]`` are the samples of evaluation prompt i, with their proxy scores and SFT log-probs. Returns
         the report and the rows of samples.jsonl."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

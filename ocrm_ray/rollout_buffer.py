@@ -21,63 +21,52 @@ class InFlight:
     completion_order: int = -1
 
 
+@dataclass(eq=False)
 class RolloutBuffer:
     """Slots of one run's rollouts: issued -> scored -> taken.
 
     Producer: ``await wait_for_slot()``, ``issue(id)``, then ``put(id, rollout)`` when it is scored.
     Trainer: ``batch = await take(version)``, then ``publish(version + 1)`` once the engines have the new weights.
+
+    ``num_total``: prompts that the whole run uses. ``reissue``: starts a late prompt again and says whether it could
+    (not where its samples are there and only their scores are missing); None: training waits.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        max_staleness: int,
-        num_total: int,
-        reissue: Callable[[str], bool] | None,
-    ) -> None:
-        """``num_total``: prompts that the whole run uses. ``reissue``: starts a late prompt again and says whether it
-        could (not where its samples are there and only their scores are missing); None: training waits."""
-        self.batch_size = batch_size
-        self.max_staleness = max_staleness
-        self.published_version = 0
-        self.num_finished = 0
-        self.num_reissued = 0
-        self.straggler_wait_s = 0.0
-        self._num_issued = 0
-        self._num_total = num_total
-        self._reissue = reissue
+    batch_size: int
+    max_staleness: int
+    num_total: int
+    reissue: Callable[[str], bool] | None
+    published_version: int = 0
+    num_issued: int = 0
+    num_finished: int = 0
+    num_reissued: int = 0
+    straggler_wait_s: float = 0.0
+
+    def __post_init__(self) -> None:
         self._slots: dict[str, InFlight] = {}
         self._changed = asyncio.Condition()
-
-    @property
-    def num_in_flight(self) -> int:
-        """Issued prompts whose rollouts are not scored yet."""
-        return sum(slot.rollout is None for slot in self._slots.values())
 
     def ready(self) -> dict[str, Rollout]:
         """Scored rollouts that wait for training, by request id."""
         return {key: slot.rollout for key, slot in self._slots.items() if slot.rollout is not None}
 
-    def _num_ready(self) -> int:
-        return len(self._slots) - self.num_in_flight
-
     def _num_allowed(self) -> int:
-        return min((self.published_version + self.max_staleness + 1) * self.batch_size, self._num_total)
+        return min((self.published_version + self.max_staleness + 1) * self.batch_size, self.num_total)
 
     async def wait_for_slot(self) -> bool:
         """Wait until another prompt may be issued; False once the run has issued all it needs."""
         async with self._changed:
             await self._changed.wait_for(
-                lambda: self._num_issued < self._num_allowed() or self._num_issued >= self._num_total
+                lambda: self.num_issued < self._num_allowed() or self.num_issued >= self.num_total
             )
-        return self._num_issued < self._num_total
+        return self.num_issued < self.num_total
 
     def issue(self, request_id: str) -> None:
         """Take a slot for a prompt that goes to the engines now."""
-        assert self._num_issued < self._num_allowed(), "issued beyond the staleness bound"
+        assert self.num_issued < self._num_allowed(), "issued beyond the staleness bound"
         assert request_id not in self._slots
         self._slots[request_id] = InFlight(self.published_version)
-        self._num_issued += 1
+        self.num_issued += 1
 
     async def put(self, request_id: str, rollout: Rollout) -> None:
         """Hand in a scored rollout."""
@@ -101,7 +90,7 @@ class RolloutBuffer:
         async with self._changed:
             loop, late_since = asyncio.get_running_loop(), None
             while not self._is_complete(version):
-                if late_since is None and self._num_ready() >= self.batch_size:
+                if late_since is None and len(self.ready()) >= self.batch_size:
                     late_since = loop.time()
                 await self._changed.wait()
             self.straggler_wait_s += loop.time() - late_since if late_since is not None else 0.0
@@ -120,7 +109,7 @@ class RolloutBuffer:
         return {key: slot for key, slot in self._slots.items() if slot.issue_version < oldest_next}
 
     def _is_complete(self, version: int) -> bool:
-        if self._num_ready() < self.batch_size:
+        if len(self.ready()) < self.batch_size:
             return False
         self._reissue_late(version)
         return all(slot.rollout is not None for slot in self._due(version).values())
@@ -128,7 +117,7 @@ class RolloutBuffer:
     def _reissue_late(self, version: int) -> None:
         """Enough others are ready: what is late at the bound starts again, if the run is configured so."""
         for request_id, slot in self._due(version).items():
-            if slot.rollout is None and self._reissue is not None and self._reissue(request_id):
+            if slot.rollout is None and self.reissue is not None and self.reissue(request_id):
                 slot.issue_version = self.published_version
                 self.num_reissued += 1
 

@@ -24,26 +24,26 @@ class Attempt:
     task: "asyncio.Task[None]"
 
 
+@dataclass(eq=False)
 class RolloutPump:
     """``issue`` waits for a free slot and is unblocked by a publish; ``score`` waits for finished rollouts.
 
     Neither ever waits for a correction. ``pause`` and ``resume`` serve the blocking schedule alone.
     """
 
-    def __init__(
-        self, config: RunConfig, generation: GenerationPool, scorer: RolloutScorer, prompts: Iterator[Prompt]
-    ) -> None:
-        self.settings = config.rollout
+    config: RunConfig
+    generation: GenerationPool
+    scorer: RolloutScorer
+    prompts: Iterator[Prompt]
+
+    def __post_init__(self) -> None:
+        settings = self.settings = self.config.rollout
         self.buffer = RolloutBuffer(
-            batch_size=config.rollout.prompts_per_step,
-            max_staleness=config.rollout.max_staleness,
-            num_total=config.rollout.prompts_per_step * config.policy.num_updates,
-            reissue=self._reissue if config.rollout.straggler == "reissue" else None,
+            batch_size=settings.prompts_per_step,
+            max_staleness=settings.max_staleness,
+            num_total=settings.prompts_per_step * self.config.policy.num_updates,
+            reissue=self._reissue if settings.straggler == "reissue" else None,
         )
-        self._seed = config.seed
-        self._generation = generation
-        self._scorer = scorer
-        self._prompts = prompts
         self._attempts: dict[str, Attempt] = {}
         self._finished: asyncio.Queue[tuple[str, Rollout]] = asyncio.Queue()
         self._may_issue = asyncio.Event()
@@ -70,8 +70,8 @@ class RolloutPump:
             await self._may_issue.wait()
             slot_id = f"rollout-{number}"
             self.buffer.issue(slot_id)
-            seed = (self._seed * 1_000_003 + number * self.settings.samples_per_prompt) % 2**31
-            self._request(slot_id, next(self._prompts), seed, attempt=0)
+            seed = (self.config.seed * 1_000_003 + number * self.settings.samples_per_prompt) % 2**31
+            self._request(slot_id, next(self.prompts), seed, attempt=0)
             number += 1
 
     async def score(self) -> None:
@@ -82,7 +82,7 @@ class RolloutPump:
             while not self._finished.empty() and len(finished) < self.settings.prompts_per_step:
                 slot_id, rollout = self._finished.get_nowait()
                 finished[slot_id] = rollout
-            for slot_id, scored in (await self._scorer.score(finished)).items():
+            for slot_id, scored in (await self.scorer.score(finished)).items():
                 await self.buffer.put(slot_id, scored)
 
     def _request(self, slot_id: str, prompt: Prompt, seed: int, attempt: int) -> None:
@@ -101,7 +101,7 @@ class RolloutPump:
         self._attempts[slot_id] = Attempt(prompt, seed, attempt, task)
 
     async def _generate(self, slot_id: str, request: GenerationRequest) -> None:
-        samples = await self._generation.generate(request)
+        samples = await self.generation.generate(request)
         del self._attempts[slot_id]
         self._finished.put_nowait((slot_id, Rollout(request.prompt, samples, INCARNATION)))
 
@@ -112,6 +112,6 @@ class RolloutPump:
             return False
         assert self._tasks is not None
         late.task.cancel()
-        self._tasks.create_task(self._generation.abort(f"{slot_id}-{late.number}"))
+        self._tasks.create_task(self.generation.abort(f"{slot_id}-{late.number}"))
         self._request(slot_id, late.prompt, late.seed, late.number + 1)
         return True

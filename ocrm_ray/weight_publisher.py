@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,8 +29,7 @@ def probe_position(sequence: Sequence) -> int:
     return max(0, len(sequence.response_ids) - (2 if sequence.has_eos else 1))
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
+class Gap(NamedTuple):
     """Mean absolute difference of engine and trainer log-probs, in nats a token; the largest of all engines.
 
     ``tokens``: over all tokens. ``cached``: over the token of each sequence that was read through the prefix
@@ -41,16 +41,6 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeResult:
-    """One probe: the gap that is largest against its bound, and that bound (nats a token)."""
-
-    version: int
-    gap: float
-    bound: float
-    within: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Exported:
     """Weights on their way; ``trainer``: their log-probs of the probe's sequences, where a probe is due."""
 
@@ -59,26 +49,26 @@ class Exported:
     seconds: float
 
 
+@dataclass(eq=False)
 class WeightPublisher:
     """Brings the policy's weights into the engines and keeps them as long as someone reads them.
 
     ``export`` between two updates, then ``put_live`` beside the next one, one at a time: with two buffers one is
-    read while the other is written.
+    read while the other is written. ``emit(event, **fields)`` receives ``weights_published`` and ``probe_measured``.
     """
 
-    def __init__(self, generation: GenerationPool, policy: PolicyPool, probe: Probe, emit: Callable[..., None]) -> None:
-        """``emit(event, **fields)`` receives ``weights_published`` and ``probe_measured``."""
-        self._generation = generation
-        self._policy = policy
-        self._probe = probe
-        self._emit = emit
+    generation: GenerationPool
+    policy: PolicyPool
+    probe: Probe
+    emit: Callable[..., None]
+
+    def __post_init__(self) -> None:
         self._sequences: tuple[Sequence, ...] = ()
         self._bound: Gap | None = None
         self._num_exports = 0
         self._latest: PolicyWeights | None = None
         self._kept: dict[int, PolicyWeights] = {}
         self._holds: Counter[int] = Counter()
-        self.last_probe: ProbeResult | None = None
 
     async def start(self, sequences: Seq[Sequence]) -> Gap:
         """Measure the baseline gap on ``sequences``, which every later probe scores again.
@@ -87,20 +77,17 @@ class WeightPublisher:
         """
         assert sequences, "the probe needs at least one sequence"
         self._sequences = tuple(sequences)
-        baseline = await self._measure(await self._policy.logprobs(self._sequences))
-        self._bound = Gap(
-            tokens=max(self._probe.factor * baseline.tokens, self._probe.floor),
-            cached=max(self._probe.factor * baseline.cached, self._probe.floor),
-        )
+        baseline = await self._measure(await self.policy.logprobs(self._sequences))
+        self._bound = Gap(*(max(self.probe.factor * gap, self.probe.floor) for gap in baseline))
         return baseline
 
     async def export(self) -> Exported:
         """The present weights; also how the trainer scores the probe, for the first export and every ``every``-th."""
         assert self._bound is not None, "start() comes before export()"
         started = time.monotonic()
-        weights = await self._policy.export_weights()
-        is_due = self._num_exports % self._probe.every == 0
-        trainer = tuple(await self._policy.logprobs(self._sequences)) if is_due else None
+        weights = await self.policy.export_weights()
+        is_due = self._num_exports % self.probe.every == 0
+        trainer = tuple(await self.policy.logprobs(self._sequences)) if is_due else None
         self._num_exports += 1
         previous, self._latest = self._latest, weights
         self._kept[weights.version] = weights
@@ -116,11 +103,10 @@ class WeightPublisher:
         """
         weights = exported.weights
         report = await self._load(exported)
-        if exported.trainer is not None and not (await self._run_probe(weights.version, exported.trainer)).within:
+        if exported.trainer is not None and await self._stale(weights.version, exported.trainer):
             report = await self._load(exported)
-            result = await self._run_probe(weights.version, exported.trainer)
-            if not result.within:
-                raise StaleWeightsError(_stale_message(result))
+            if message := await self._stale(weights.version, exported.trainer):
+                raise StaleWeightsError(message)
         await self.release(weights.version)
         return report
 
@@ -135,13 +121,13 @@ class WeightPublisher:
         assert self._holds[version] > 0, f"version {version} is not held"
         self._holds[version] -= 1
         if not self._holds[version]:
-            await self._policy.release_weights(self._kept.pop(version))
+            await self.policy.release_weights(self._kept.pop(version))
 
     async def _load(self, exported: Exported) -> PublishReport:
         weights, started = exported.weights, time.monotonic()
-        report, _ = await asyncio.gather(self._generation.load_weights(weights), self._policy.send_weights(weights))
+        report, _ = await asyncio.gather(self.generation.load_weights(weights), self.policy.send_weights(weights))
         report = replace(report, seconds=exported.seconds + time.monotonic() - started)
-        self._emit(
+        self.emit(
             "weights_published",
             policy_version=weights.version,
             bytes=weights.num_bytes,
@@ -153,23 +139,27 @@ class WeightPublisher:
         )
         return report
 
-    async def _run_probe(self, version: int, trainer: Seq[FloatArray]) -> ProbeResult:
+    async def _stale(self, version: int, trainer: Seq[FloatArray]) -> str | None:
+        """Probe: what to say of the gap that is largest against its bound, if it is over it."""
         assert self._bound is not None
-        gap = await self._measure(trainer)
-        pairs = [(gap.tokens, self._bound.tokens), (gap.cached, self._bound.cached)]
+        pairs = zip(await self._measure(trainer), self._bound, strict=True)
         # a gap of NaN is not within any bound, and is reported rather than hidden by a finite one
-        worst, bound = max(pairs, key=lambda pair: pair[0] / pair[1] if np.isfinite(pair[0]) else np.inf)
-        result = ProbeResult(version=version, gap=worst, bound=bound, within=worst <= bound)
-        self.last_probe = result
-        self._emit("probe_measured", policy_version=version, gap=result.gap, bound=result.bound)
-        return result
+        gap, bound = max(pairs, key=lambda pair: pair[0] / pair[1] if np.isfinite(pair[0]) else np.inf)
+        self.emit("probe_measured", policy_version=version, gap=gap, bound=bound)
+        if gap <= bound:
+            return None
+        return (
+            f"engine and trainer disagree after version {version} was put live twice: mean log-prob gap {gap:.3g}, "
+            f"bound {bound:.3g} nats a token. The engine runs on old weights: look whether the exported file holds "
+            "every weight (a tied lm_head under its own name), whether the engine's take_weights put them live, and "
+            "whether its prefix cache was cleared; events.jsonl has the earlier probe_measured gaps."
+        )
 
     async def _measure(self, trainer: Seq[FloatArray]) -> Gap:
-        engine = await self._generation.score(self._sequences)
+        engine = await self.generation.score(self._sequences)
         engines = [engine[start : start + len(trainer)] for start in range(0, len(engine), len(trainer))]
-        gaps = [self._gap(answers, trainer) for answers in engines]
         # numpy's maximum, which a NaN wins
-        return Gap(*np.max([(gap.tokens, gap.cached) for gap in gaps], axis=0).tolist())
+        return Gap(*np.max([self._gap(answers, trainer) for answers in engines], axis=0).tolist())
 
     def _gap(self, engine: Seq[FloatArray], trainer: Seq[FloatArray]) -> Gap:
         gaps = [np.abs(a - b) for a, b in zip(engine, trainer, strict=True)]
@@ -179,12 +169,3 @@ class WeightPublisher:
 
 def _mean(values: FloatArray | Iterable[np.float32]) -> float:
     return float(np.mean(np.asarray(values, dtype=np.float64)))
-
-
-def _stale_message(result: ProbeResult) -> str:
-    return (
-        f"engine and trainer disagree after version {result.version} was put live twice: mean log-prob gap "
-        f"{result.gap:.3g}, bound {result.bound:.3g} nats a token. The engine runs on old weights: look whether the "
-        "exported file holds every weight (a tied lm_head under its own name), whether the engine's receive_weights "
-        "reloaded them, and whether its prefix cache was cleared; events.jsonl has the earlier probe_measured gaps."
-    )

@@ -89,7 +89,10 @@ class DummyPolicy:
             raise LookupError(threading.Lock())
         return UpdateReport(self.rank, *[0.0] * 8)
 
-    def save(self, name, weights):
+    def send_weights(self, weights):
+        raise LookupError(f"asked to send version {weights.version}")
+
+    def save(self, name, weights=None):
         """Answers with what this process was given, for the test of the environment."""
         Path(name).write_text(
             "\n".join(f"{key}={os.environ.get(key)}" for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_TOKEN"))

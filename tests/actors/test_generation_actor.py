@@ -117,6 +117,19 @@ class Bench:
         self.run(self.actor.load_weights(self.run(policy.export_weights())))
         return policy
 
+    def generate(self, requests: list[GenerationRequest]) -> list[tuple[Sample, ...]]:
+        """Samples of all, in the order of ``requests``."""
+
+        async def answers() -> dict[str, tuple[Sample, ...]]:
+            await self.actor.submit(requests)
+            found: dict[str, tuple[Sample, ...]] = {}
+            while len(found) < len(requests):
+                found |= await self.actor.collect()
+            return found
+
+        found = self.run(answers())
+        return [found[request.request_id] for request in requests]
+
     def publisher(self, policy: TorchPolicy, pool, prompt_tokens: int = 8) -> WeightPublisher:
         publisher = WeightPublisher(pool, policy, Probe(), lambda event, **fields: None)
         self.run(publisher.start(_sequences(prompt_tokens)))
@@ -175,7 +188,7 @@ def _flat(groups: list[tuple[Sample, ...]]) -> list[Sample]:
 def test_sampled_logprobs_are_those_of_the_distribution_sampled_from(bench, temperature, top_k):
     policy = bench.policy()
     requests = [_request(f"logprobs-{seed}", seed, temperature=temperature, top_k=top_k) for seed in range(8)]
-    samples = _flat(bench.run(bench.actor.generate(requests)))
+    samples = _flat(bench.generate(requests))
     assert len(samples) == 32
     for sample in samples:
         expected = policy.forward(sample.sequence, temperature, top_k)
@@ -184,7 +197,7 @@ def test_sampled_logprobs_are_those_of_the_distribution_sampled_from(bench, temp
 
 def test_a_response_ends_with_any_eos_of_the_folder_or_at_its_longest(bench):
     bench.policy()
-    samples = _flat(bench.run(bench.actor.generate([_request(f"eos-{seed}", seed) for seed in range(64)])))
+    samples = _flat(bench.generate([_request(f"eos-{seed}", seed) for seed in range(64)]))
     ends = {sample.sequence.response_ids[-1] for sample in samples if sample.sequence.has_eos}
     assert ends == set(EOS_IDS)
     for sample in samples:
@@ -196,8 +209,8 @@ def test_a_response_ends_with_any_eos_of_the_folder_or_at_its_longest(bench):
 
 def test_seeds_reproduce_and_sample_i_has_seed_plus_i(bench):
     bench.policy()
-    first, again = bench.run(bench.actor.generate([_request("seed-a", 3), _request("seed-b", 3)]))
-    alone = bench.run(bench.actor.generate([_request("seed-c", 3, num_samples=1, seed=302)]))[0]
+    first, again = bench.generate([_request("seed-a", 3), _request("seed-b", 3)])
+    alone = bench.generate([_request("seed-c", 3, num_samples=1, seed=302)])[0]
     assert [sample.sequence for sample in first] == [sample.sequence for sample in again]
     assert len({sample.sequence.response_ids for sample in first}) == 4
     assert alone[0].sequence == first[2].sequence
@@ -207,8 +220,8 @@ def test_more_prompt_tokens_than_one_step_takes_change_no_sample(bench):
     bench.policy()
     prompts = [Prompt(prompt_id=index, text="", token_ids=_tokens(LONG_PROMPT, index)) for index in range(24)]
     requests = [_request(f"crowd-{prompt.prompt_id}", prompt.prompt_id, prompt=prompt) for prompt in prompts]
-    together = bench.run(bench.actor.generate(requests))
-    alone = [bench.run(bench.actor.generate([request]))[0] for request in requests[-3:]]
+    together = bench.generate(requests)
+    alone = [bench.generate([request])[0] for request in requests[-3:]]
     assert [_responses(samples) for samples in alone] == [_responses(samples) for samples in together[-3:]]
 
 
@@ -220,7 +233,7 @@ def test_score_reads_what_sampling_reported_up_to_the_longest_sequence(bench):
     policy = bench.policy()
     longest = Sequence(_tokens(MAX_MODEL_LEN - 20, 1), _tokens(20, 2), has_eos=False)
     shortest = Sequence(_tokens(1, 3), (EOS_IDS[0],), has_eos=True)
-    samples = _flat(bench.run(bench.actor.generate([_request("score")])))
+    samples = _flat(bench.generate([_request("score")]))
     scores = bench.run(bench.actor.score([longest, shortest, *(sample.sequence for sample in samples)]))
     np.testing.assert_allclose(scores[0], policy.forward(longest), atol=1e-3)
     np.testing.assert_allclose(scores[1], policy.forward(shortest), atol=1e-3)

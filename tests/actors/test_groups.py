@@ -260,6 +260,12 @@ def test_every_rank_takes_a_policy_call_and_the_first_one_answers(runner, policy
     assert runner.run(policy.update([])).version == 0
 
 
+def test_the_trainer_sends_only_weights_that_engines_get_by_nccl(runner, policy):
+    runner.run(policy.send_weights(SNAPSHOT))
+    with pytest.raises(LookupError, match="asked to send version 7"):
+        runner.run(policy.send_weights(dataclasses.replace(SNAPSHOT, nccl={"group": {}})))
+
+
 def test_what_an_actor_raises_is_what_the_caller_gets(runner, policy):
     with pytest.raises(UserError) as caught:
         runner.run(policy.update([FAIL]))

@@ -92,11 +92,11 @@ def test_update_does_not_depend_on_the_micro_batch_tokens(tmp_path, monkeypatch,
 
 
 def forwards_of(actor, monkeypatch):
-    """[rows, with gradient] of every forward pass that the policy makes from now on."""
+    """[sequences, with gradient] of every forward pass that the policy makes from now on."""
     calls, original = [], CausalModel.forward
 
     def forward(self, batch, *arguments):
-        calls.append((len(batch.tokens), torch.is_grad_enabled()))
+        calls.append((len(batch.starts), torch.is_grad_enabled()))
         return original(self, batch, *arguments)
 
     monkeypatch.setattr(CausalModel, "forward", forward)

@@ -85,10 +85,16 @@ async def measure_engine(publisher: Publisher, config: RunConfig, model_folder: 
         tokens = tuple(range(100 + index, 100 + index + PROMPT_TOKENS))
         return GenerationRequest(f"bench-{index}", Prompt(index, "", tokens), 1, NEW_TOKENS, 1.0, index)
 
+    async def sample() -> None:
+        await actor.submit([request(index) for index in range(NUM_REQUESTS)])
+        num_left = NUM_REQUESTS
+        while num_left:
+            num_left -= len(await actor.collect())
+
     try:
         await publish()
         idle = [await publish() for _ in range(num_rounds)]
-        sampling = asyncio.ensure_future(actor.generate([request(index) for index in range(NUM_REQUESTS)]))
+        sampling = asyncio.ensure_future(sample())
         await asyncio.sleep(2)
         busy = []
         while len(busy) < num_rounds and not sampling.done():
