@@ -33,7 +33,7 @@ from ocrm_ray.policy_learning import (
     with_old_logprobs,
 )
 from ocrm_ray.preferences import read_pairs
-from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
+from ocrm_ray.records import FloatArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
 from ocrm_ray.reward_learning import calibration_sequences
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -113,7 +113,8 @@ class PolicyActor:
         experience = collect_experience(rollouts, self._tokenizer.pad_token_id, self._config.share_prompts)
         if policy.num_epochs * policy.num_minibatches > 1:
             is_exact = (experience.versions == self._version) & (self._gap <= policy.reuse_logprobs_within)
-            compute = functools.partial(self._old_logprobs, experience.table)
+            temperature, pool = self._config.rollout.temperature, self._config.pools.policy
+            compute = functools.partial(table_logprobs, self._engine.forward, experience.table, temperature, pool)
             experience = with_old_logprobs(experience, is_exact, compute)
         values = self._critic.values(experience.table) if self._critic else None
         targets = build_targets(experience, policy, self._config.rollout, values)
@@ -214,10 +215,6 @@ class PolicyActor:
         statistics.add_step(sums.tolist())
         if self._critic is not None:
             statistics.value_losses.append(self._critic.update(micros, factor))
-
-    def _old_logprobs(self, table: SequenceTable, rows: IntArray) -> list[FloatArray]:
-        temperature = self._config.rollout.temperature
-        return table_logprobs(self._engine.forward, table, temperature, self._config.pools.policy, rows)
 
     def _make_exporter(self) -> WeightExporter:
         checksum = self._config.publish.checksum

@@ -4,8 +4,8 @@ Memory of a network of P parameters in a pool of dtype d (4 bytes for float32, 2
 training 16 P (weights, gradients and two Adam moments in float32; the same in bfloat16 with a float32 master copy),
 serving d P. An engine holds its weights twice (vLLM repacks them) beside its KV cache; scoring holds SFT model,
 anchor and one snapshot; the reward pool holds a live and a shadow reward model and one in training. To these
-come processes (2.5 GiB an engine, 0.5 GiB another actor, 0.5 GiB Ray) and, four times in float32, the chunk of
-logits that the policy's trainer holds. With ``gpus_per_actor`` only the processes count.
+come processes (2.5 GiB an engine, 0.5 GiB another actor, 0.5 GiB Ray) and the chunk of logits that
+the policy's trainer holds, with its gradient, in float32. With ``gpus_per_actor`` only the processes count.
 """
 
 import os
@@ -76,7 +76,7 @@ def memory_gib(config: RunConfig, sizes: NetworkSizes) -> dict[str, float]:
 
     pools = config.pools
     critic = sizes.reward if config.policy.algorithm == "ppo" else 0
-    logits = 4 * 4 * min(config.policy.micro_batch_tokens * sizes.vocabulary, MAX_LOGITS)
+    logits = 2 * 4 * min(config.policy.micro_batch_tokens * sizes.vocabulary, MAX_LOGITS)
     training_share = pools.policy.num_actors if config.policy.zero_stage else 1
     bytes_of = {name: DTYPE_BYTES[pool.dtype] for name, pool in pools_by_name(config).items()}
     num_rewards = 2 if config.correction.strategy == "none" else 3

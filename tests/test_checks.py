@@ -356,7 +356,7 @@ def test_asking_for_more_than_the_machine_has_is_told() -> None:
         f"pools: got 1.5 GPUs (policy 0.5, reward 1), need at most 0 (this machine's): {gpu_do}"
     ]
     assert lines(inspect(config_of(WORLD, "pools.generation.kv_cache_gib=100"))) == [
-        "pools: got 105.01 GiB of memory (generation 102.5, policy 0.51, scoring 0.5, reward 0.5, evaluation 0.5, "
+        "pools: got 105.01 GiB of memory (generation 102.5, policy 0.5, scoring 0.5, reward 0.5, evaluation 0.5, "
         "ray 0.5), need at most 32 (this machine's): "
         "use smaller models, bfloat16, fewer actors, a smaller kv_cache_gib"
     ]
@@ -371,7 +371,7 @@ def test_memory_follows_its_formula() -> None:
     overrides = ["pools.scoring.num_actors=2", "pools.scoring.dtype=bfloat16", "policy.algorithm=ppo"]
     config = config_of(WORLD, *overrides, "policy.micro_batch_tokens=10")
     memory = memory_gib(config, NetworkSizes(policy=GIB, reward=GIB // 2, vocabulary=1000))
-    logits = 4 * 4 * 10 * 1000 / GIB
+    logits = 2 * 4 * 10 * 1000 / GIB
     assert memory == pytest.approx(
         {
             "generation": 2.5 + 2 * 4 + 1,
