@@ -86,7 +86,7 @@ class RayGenerationPool(RayPool):
         await opened.engine.actor.call("abort", [request_id], deadline_s=self.deadlines.request_s)
 
     async def load_weights(self, weights: PolicyWeights) -> PublishReport:
-        """Every engine at once; ``pause_s`` is that of the engine that stood still longest."""
+        """Every engine at once; the seconds of each part are those of the engine that took longest over it."""
         started = time.monotonic()
         reports: list[PublishReport] = await call_all(
             self.actors, "load_weights", weights, deadline_s=self.deadlines.publish_s
@@ -96,6 +96,8 @@ class RayGenerationPool(RayPool):
             num_bytes=weights.num_bytes,
             seconds=time.monotonic() - started,
             pause_s=max(report.pause_s for report in reports),
+            transfer_s=max(report.transfer_s for report in reports),
+            repack_s=max(report.repack_s for report in reports),
         )
 
     async def score(self, sequences: Seq[Sequence]) -> list[FloatArray]:

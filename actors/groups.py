@@ -75,7 +75,7 @@ class RayPolicyPool(RayPool):
 
     async def send_weights(self, weights: PolicyWeights) -> None:
         if weights.nccl is not None:
-            await call_all(self.actors, "send_weights", weights, deadline_s=self.deadlines.publish_s)
+            await self.actors[0].call("send_weights", weights, deadline_s=self.deadlines.publish_s)
 
 
 class RayScoringPool(RayPool):

@@ -191,12 +191,11 @@ class RewardRefitter:
         self, engine: TrainingEngine, pairs: IntArray, weights: FloatArray | None, training: RewardTraining
     ) -> float:
         """Accumulate the gradient of one optimiser batch of pairs; returns its mean loss."""
-        max_tokens = training.micro_batch_tokens
-        # Padding is kept small below, where the two sequences of a pair go apart.
-        chunks = length_chunks(self._lengths[pairs], training.micro_batch_size, max_tokens, max_padding=1.0)
+        chunks = length_chunks(self._lengths[pairs], training.micro_batch_size, training.micro_batch_tokens)
+        limits = (2 * training.micro_batch_size, 2 * training.micro_batch_tokens)  # a pair in one forward pass
         total = 0.0
         for number, chunk in enumerate(chunks, start=1):
-            scores = row_scores(engine.forward, self._train, pair_rows(pairs[chunk]), 2 * len(chunk), max_tokens)
+            scores = row_scores(engine.forward, self._train, pair_rows(pairs[chunk]), *limits)
             part = None if weights is None else torch.from_numpy(weights[chunk])
             loss = weighted_pair_loss(scores, part, len(pairs))
             engine.accumulate(loss, is_last=number == len(chunks))

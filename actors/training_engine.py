@@ -5,6 +5,7 @@ Several engines may live in one process (policy and critic, or one refit after a
 
 import contextlib
 import gc
+import io
 import logging
 import math
 import os
@@ -170,7 +171,8 @@ def _initialise(module: nn.Module, settings: EngineSettings) -> Any:
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(settings))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory there is
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(settings))
     return engine
 
 
@@ -187,6 +189,6 @@ def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     if settings.dtype == "bfloat16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-        # Without ZeRO DeepSpeed adds bfloat16 gradients up in bfloat16, and at stage 1 it prints; 2 costs nothing.
-        config["zero_optimization"]["stage"] = max(2, settings.zero_stage)
+        # Without ZeRO DeepSpeed adds bfloat16 gradients up in bfloat16; stage 2 copies them twice more than stage 1.
+        config["zero_optimization"]["stage"] = max(1, settings.zero_stage)
     return config

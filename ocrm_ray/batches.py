@@ -17,33 +17,27 @@ from ocrm_ray.records import FloatArray, IntArray, Sequence
 
 ROW_TOKENS = 512
 """Responses to one prompt fill a row up to about here: attention costs the square, the prompt is saved but once."""
-MAX_PADDING = 0.04
-"""Share of a chunk's tokens; with the small chunks, which may have more, a whole table stays within 5 %."""
-SMALL_CHUNK = 512
-"""Tokens below which a chunk of its own costs more than padding."""
+MAX_PADDING = 0.05
+SMALL_BLOCK = 192
+"""Tokens below which a block of its own costs more than padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
-    """B sequences in R rows, padded on the right to L tokens; T is the longest response.
+    """B sequences in R rows, the longest first, padded on the right to L tokens; T is the longest response.
 
-    ``tokens``, ``positions`` [R, L]: ids, and places in the sequence. ``mask`` [R, 1, L, L]: True where a token sees
-    another; None where each row is one sequence. ``prompt_ends``, ``starts`` [B]: the prompt's last and the response's
-    first token, as indices into the flattened rows. Int64 tensors on one device.
+    ``tokens``, ``positions`` [R, L]: ids, and places in the sequence; ``row_lengths`` [R]: without padding. ``mask``
+    [R, 1, L, L]: True where a token sees another; None where each row is one sequence. ``prompt_ends``, ``starts``
+    [B]: the prompt's last and the response's first token, as indices into the flattened rows. On one device.
     """
 
     tokens: Tensor
     positions: Tensor
+    row_lengths: Tensor
     mask: Tensor | None
     prompt_ends: Tensor
     starts: Tensor
     response_lengths: Tensor
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """What a Hugging Face network takes."""
-        shared = {} if self.mask is None else {"position_ids": self.positions, "attention_mask": self.mask}
-        return {"input_ids": self.tokens, **shared}
 
     @property
     def response_mask(self) -> Tensor:
@@ -65,6 +59,20 @@ class PaddedBatch:
         mask = self.response_mask
         places = (self.starts[:, None] + self._steps)[mask]
         return self.predicting_places()[mask], self.tokens.flatten()[places]
+
+    def blocks(self) -> list[tuple[slice, int]]:
+        """(rows, width): the rows in blocks cut to their longest, so that little of them is padding."""
+        blocks: list[tuple[slice, int]] = []
+        start = used = 0
+        for row, length in enumerate(self.row_lengths.tolist()):
+            width = blocks[-1][1] if blocks else length
+            size = (row - start) * width
+            if not blocks or (size >= SMALL_BLOCK and size + width - used - length > MAX_PADDING * (size + width)):
+                blocks.append((slice(row, row), length))
+                start, used = row, 0
+            blocks[-1] = (slice(start, row + 1), blocks[-1][1])
+            used += length
+        return blocks
 
     def to(self, device: torch.device) -> "PaddedBatch":
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -109,7 +117,7 @@ class SequenceTable:
         lengths = self.prompt_lengths[chosen[firsts]] + np.add.reduceat(self.response_lengths[chosen], firsts)
         members = np.split(order, firsts[1:])
         sizes = np.array([len(member) for member in members])
-        cut = length_chunks(lengths, max_sequences, max_tokens, sizes=sizes)
+        cut = length_chunks(lengths, max_sequences, max_tokens, sizes)
         return [np.concatenate([members[number] for number in chunk]).tolist() for chunk in cut]
 
     def batch(self, indices: IntArray | Seq[int]) -> PaddedBatch:
@@ -122,7 +130,9 @@ class SequenceTable:
         prompts, responses = self.prompt_lengths[chosen], self.response_lengths[chosen]
         before = np.cumsum(responses) - responses
         columns = prompts + before - before[firsts][row]
-        width = int((columns + responses).max())
+        lengths = np.maximum.reduceat(columns + responses, firsts)
+        by_length = np.argsort(-lengths, kind="stable")
+        row, width = np.argsort(by_length)[row], int(lengths.max())
         tokens, positions = (np.full((len(firsts), width), fill) for fill in (self._pad_id, 0))
         parts = np.full((len(firsts), width), -1)
 
@@ -142,6 +152,7 @@ class SequenceTable:
         return PaddedBatch(
             torch.from_numpy(tokens),
             torch.from_numpy(positions),
+            torch.from_numpy(lengths[by_length]),
             _visibility(torch.from_numpy(parts)) if len(firsts) < len(order) else None,
             torch.from_numpy((row * width + prompts - 1)[back]),
             torch.from_numpy((row * width + columns)[back]),
@@ -167,29 +178,22 @@ def _visibility(parts: Tensor) -> Tensor:
 
 
 def length_chunks(
-    lengths: IntArray,
-    max_sequences: int,
-    max_tokens: int,
-    *,
-    sizes: IntArray | None = None,
-    max_padding: float = MAX_PADDING,
+    lengths: IntArray, max_sequences: int, max_tokens: int, sizes: IntArray | None = None
 ) -> list[list[int]]:
     """Indices of rows with ``lengths`` tokens and ``sizes`` (1) sequences, longest first, as forward passes take them.
 
-    A chunk has at most ``max_sequences`` and ``max_tokens``, padding included (one larger row goes alone); once it has
-    ``SMALL_CHUNK`` tokens, at most ``max_padding`` of it is padding.
+    A chunk has at most ``max_sequences`` and ``max_tokens``, padding included; one larger row goes alone.
     """
     sizes = np.ones_like(lengths) if sizes is None else sizes
     chunks: list[list[int]] = []
-    size = used = width = count = 0
+    width = count = 0
     for index in np.argsort(-lengths, kind="stable").tolist():
-        length, grown = int(lengths[index]), size + width
-        is_padded = size >= SMALL_CHUNK and grown - used - length > max_padding * grown
-        if not chunks or count + sizes[index] > max_sequences or grown > max_tokens or is_padded:
+        is_full = chunks and (width * (len(chunks[-1]) + 1) > max_tokens or count + sizes[index] > max_sequences)
+        if not chunks or is_full:
             chunks.append([])
-            size, used, width, count = 0, 0, length, 0
+            width, count = int(lengths[index]), 0
         chunks[-1].append(index)
-        size, used, count = size + width, used + length, count + int(sizes[index])
+        count += int(sizes[index])
     return chunks
 
 

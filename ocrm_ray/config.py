@@ -148,7 +148,7 @@ class RewardTraining(Section):
     micro_batch_size: PositiveInt = 256
     """Most pairs a forward pass."""
     micro_batch_tokens: PositiveInt = 16384
-    """Most tokens of pairs, padding included, a forward pass; one longer pair goes alone."""
+    """Most tokens of pairs a forward pass; one longer pair goes alone."""
     learning_rate: PositiveFloat = 1e-3
     """Peak of a cosine decay to 0."""
     weight_decay: NonNegativeFloat = 0.0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs
+from ocrm_ray.attention import use_products
 from ocrm_ray.batches import PaddedBatch, SequenceTable
 from ocrm_ray.config import Dtype
 from ocrm_ray.errors import RunError
@@ -74,15 +75,6 @@ class CausalModel(nn.Module):
     def _settings(self) -> Any:
         return self.network.config.get_text_config()
 
-    @torch.no_grad()
-    def check(self) -> None:
-        """RunError where the network computes its logits in a way of its own."""
-        tokens = torch.arange(1, 5).remainder(self._settings.vocab_size)[None]
-        expected = self.network(input_ids=tokens, use_cache=False).logits.float()
-        found = self.logits(self.network.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float()
-        if found.shape != expected.shape or (found - expected).abs().max() > 0.02 * expected.abs().max():
-            raise RunError(f"{type(self.network).__name__}: its logits are not its head's of its hidden states")
-
 
 class ScalarModel(nn.Module):
     """A causal sequence-classification network with one label, read at every token: reward model or critic.
@@ -105,13 +97,24 @@ class ScalarModel(nn.Module):
 
 
 def _hidden_states(network: Any, batch: PaddedBatch) -> Tensor:
-    """[R, L, H]. RunError if rows are shared by sequences that the network would not keep apart."""
-    if batch.mask is not None and not getattr(network, "keeps_apart", False):
+    """[R, L, H], 0 where a block has ended. RunError if rows are shared that the network would not keep apart."""
+    if batch.mask is not None and not hasattr(network, "keeps_apart"):
+        network.keeps_apart = True
         network.keeps_apart = _keeps_apart(network)
-        if not network.keeps_apart:
-            raise RunError(f"{type(network).__name__}: its attention takes no mask of ours, set share_prompts to false")
-    hidden: Tensor = network.base_model(**batch.inputs, use_cache=False).last_hidden_state
-    return hidden
+    if batch.mask is not None and not network.keeps_apart:
+        raise RunError(f"{type(network).__name__}: its attention takes no mask of ours, set share_prompts to false")
+    # Embedded together: the gradient of every lookup is as large as the table.
+    embedded, states = network.get_input_embeddings()(batch.tokens), []
+    for rows, width in batch.blocks():
+        inputs = {"inputs_embeds": embedded[rows, :width]}
+        if batch.mask is not None:
+            inputs |= {
+                "position_ids": batch.positions[rows, :width],
+                "attention_mask": batch.mask[rows, :, :width, :width],
+            }
+        block = network.base_model(**inputs, use_cache=False).last_hidden_state
+        states.append(nn.functional.pad(block, (0, 0, 0, embedded.shape[1] - width)))
+    return torch.cat(states)
 
 
 @torch.no_grad()
@@ -123,10 +126,25 @@ def _keeps_apart(network: Any) -> bool:
     hidden = []
     for share_prompts in (True, False):
         batch = SequenceTable(sequences, 0, share_prompts).batch([0, 1]).to(next(network.parameters()).device)
-        states = network.base_model(**batch.inputs, use_cache=False).last_hidden_state
-        hidden.append(states.flatten(0, 1)[batch.last_places].float())
+        hidden.append(_hidden_states(network, batch).flatten(0, 1)[batch.last_places].float())
     shared, alone = hidden
     return bool((shared - alone).abs().max() <= 0.02 * alone.abs().max())
+
+
+@torch.no_grad()
+def require_own_logits(model: "CausalModel | ScalarModel") -> None:
+    """RunError where a network computes its logits in a way that its head, hidden states and embeddings do not show."""
+    network = model.network
+    tokens = [token for token in range(1, 6) if token != network.config.pad_token_id][:4]
+    batch = SequenceTable([Sequence((tokens[0],), tuple(tokens[1:]), False)], 0, share_prompts=False).batch([0])
+    expected = network(input_ids=batch.tokens, use_cache=False).logits.float()[0]
+    if isinstance(model, CausalModel):
+        found = model.logits(_hidden_states(network, batch)[0]).float()
+    else:
+        found = model(batch)[-1:]
+    expected = expected[-len(found) :].reshape(found.shape)
+    if (found - expected).abs().max() > 0.02 * expected.abs().max():
+        raise RunError(f"{type(network).__name__}: its logits are not those of its head on its hidden states")
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:
@@ -157,8 +175,9 @@ def load_causal_lm(path: str | Path, *, dtype: Dtype, trust_remote_code: bool) -
 
     with _quiet_loading():
         network = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-    model = CausalModel(network.eval()).eval()
-    model.check()
+    use_products(network)
+    model = CausalModel(network).eval()
+    require_own_logits(model)
     return model
 
 
@@ -182,10 +201,12 @@ def load_reward_model(
         )
     if not isinstance(getattr(network, "score", None), nn.Linear):
         raise ValueError(f"{path}: {type(network).__name__} has no linear head named score, so it is not causal")
+    use_products(network)
     model = ScalarModel(network).eval()
     if not has_head:
         assert head_seed is not None
         _draw_head(network.score, head_seed)
+    require_own_logits(model)
     return model
 
 

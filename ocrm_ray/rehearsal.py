@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from ocrm_ray.config import Duration, Rehearsal, RunConfig
 from ocrm_ray.cost import StepCost, correction_line, seconds_text, step_cost
-from ocrm_ray.errors import Problem, UserError
+from ocrm_ray.errors import mistake
 from ocrm_ray.inspection import network_sizes
 from ocrm_ray.run_files import Run
 
@@ -66,7 +66,7 @@ def prepared(config: RunConfig) -> RunConfig:
         cost = step_cost(config, network_sizes(config))
         if cost is None:
             need = "durations: a model is not on this machine and no earlier run is in the run folder"
-            raise UserError([Problem("rehearsal", "nothing", need, "write that section")])
+            raise mistake("rehearsal", "nothing", need, "write that section")
         rehearsal = _durations_of(config, cost)
     num_updates = _num_filling(config) + rehearsal.num_updates + config.rollout.max_staleness + 1
     changes: dict[str, dict[str, object]] = {

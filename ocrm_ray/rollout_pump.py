@@ -75,11 +75,11 @@ class RolloutPump:
             number += 1
 
     async def score(self) -> None:
-        """Score whatever is finished, together, and hand it to the trainer."""
+        """Score what is finished, together but no more than a step's worth, and hand it to the trainer."""
         while True:
             slot_id, rollout = await self._finished.get()
             finished = {slot_id: rollout}
-            while not self._finished.empty():
+            while not self._finished.empty() and len(finished) < self.settings.prompts_per_step:
                 slot_id, rollout = self._finished.get_nowait()
                 finished[slot_id] = rollout
             for slot_id, scored in (await self.scorer.score(finished)).items():

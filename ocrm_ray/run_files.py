@@ -85,11 +85,15 @@ class JsonlWriter:
 def read_jsonl(path: Path) -> list[Row]:
     """Rows of a JSON Lines file, [] where there is none. UserError for a broken line that is not the last."""
     content = path.read_bytes() if path.exists() else b""
+    rows: list[Row] = []
     try:
-        return list(json_rows(content[: content.rfind(b"\n") + 1].splitlines()))
+        for row in json_rows(content.split(b"\n")):
+            rows.append(row)
     except BrokenLineError as error:
-        got = f"a line that is not JSON ({error.reason})"
-        raise mistake(f"{path}:{error.line}", got, "one object a line", "repair the file") from error
+        if error.line <= content.count(b"\n"):
+            got = f"a line that is not JSON ({error.reason})"
+            raise mistake(f"{path}:{error.line}", got, "one object a line", "repair the file") from error
+    return rows
 
 
 def last_time_s(*files: Iterable[Row]) -> float:
@@ -131,10 +135,10 @@ def column(rows: Sequence[Row], key: str, part: str | None = None) -> Column:
 def correction_windows(run: Run) -> list[CorrectionWindow]:
     """The run's corrections in order. At most one is in flight, so an event belongs to the last one started."""
     windows: list[CorrectionWindow] = []
-    end_s = last_time_s(run.metrics, run.events)
     for event in run.events:
         name, now = event["event"], float(event["time_s"])
         if name == "correction_started":
+            end_s = last_time_s(run.metrics, run.events)
             windows.append(CorrectionWindow(now, end_s, event.get("snapshot_version")))
         if not windows or windows[-1].outcome != "in flight":
             continue

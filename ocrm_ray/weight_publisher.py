@@ -133,6 +133,8 @@ class WeightPublisher:
             bytes=weights.num_bytes,
             seconds=report.seconds,
             export_s=exported.seconds,
+            transfer_s=report.transfer_s,
+            repack_s=report.repack_s,
             pause_s=report.pause_s,
         )
         return report

@@ -89,23 +89,40 @@ def test_sequence_beyond_the_budget_goes_alone():
     assert length_chunks(np.array([3, 50, 4, 60]), 10, 20) == [[3], [1], [2, 0]]
 
 
-def padding_share(lengths, chunks):
-    padded = sum(len(chunk) * lengths[chunk].max() for chunk in chunks)
-    return 1 - lengths.sum() / padded
+def ragged_batch(num_rows, spread):
+    """One batch of rows with 20 tokens of prompt each, and its real tokens."""
+    lengths = np.random.default_rng(0).lognormal(4.5, spread, num_rows).astype(np.int64) + 21
+    rows = [Sequence((1,) * 20, tuple(range(100, 100 + length - 20)), False) for length in lengths.tolist()]
+    return pad_batch(rows, pad_id=0), int(lengths.sum())
 
 
 @pytest.mark.parametrize("spread", [0.2, 0.5, 0.8])
-@pytest.mark.parametrize("num_rows", [128, 1000])
-def test_padding_of_ragged_lengths_is_at_most_a_twentieth(num_rows, spread):
-    lengths = np.random.default_rng(0).lognormal(4.5, spread, num_rows).astype(np.int64) + 2
-    chunks = length_chunks(lengths, 128, 16384)
-    assert sorted(index for chunk in chunks for index in chunk) == list(range(num_rows))
-    assert padding_share(lengths, chunks) <= 0.05
-    assert padding_share(lengths, length_chunks(lengths, 128, 16384, max_padding=1.0)) > 0.05
+@pytest.mark.parametrize("num_rows", [32, 128, 1000])
+def test_at_most_a_twentieth_of_the_blocks_of_ragged_rows_is_padding(num_rows, spread):
+    batch, num_real = ragged_batch(num_rows, spread)
+    num_padded = sum((rows.stop - rows.start) * width for rows, width in batch.blocks())
+    assert 1 - num_real / num_padded <= 0.05
+    assert 1 - num_real / batch.tokens.numel() > 0.05
 
 
-def test_few_tokens_stay_together_whatever_the_padding():
-    assert len(length_chunks(np.array([40, 2, 2, 20, 3, 2, 2]), 128, 16384)) == 1
+def test_blocks_follow_each_other_and_cut_no_row_short():
+    batch, _ = ragged_batch(50, 0.8)
+    blocks = batch.blocks()
+    assert [row for rows, _ in blocks for row in range(rows.start, rows.stop)] == list(range(50))
+    assert [width for _, width in blocks] == [int(batch.row_lengths[rows].max()) for rows, _ in blocks]
+    assert batch.row_lengths.tolist() == (batch.tokens > 0).sum(1).tolist()
+
+
+def test_rows_of_few_tokens_or_of_one_length_stay_one_block():
+    assert len(pad_batch(SEQUENCES, pad_id=0).blocks()) == 1
+    assert len(pad_batch([Sequence((1,) * 20, (2,) * 20, True)] * 100, pad_id=0).blocks()) == 1
+
+
+def test_rows_of_a_batch_are_sorted_by_length_whatever_the_order_asked_for():
+    lengths = [100, 300, 300, 10, 200]
+    batch = pad_batch([Sequence((1,), (2,) * (length - 1), False) for length in lengths], pad_id=0)
+    assert batch.row_lengths.tolist() == [300, 300, 200, 100, 10]
+    assert [width for _, width in batch.blocks()] == [300, 200, 100]
 
 
 def test_padded_rows_are_cut_back_to_what_they_were():

@@ -188,7 +188,8 @@ def test_durations_come_before_an_earlier_run_and_that_before_arithmetic(tmp_pat
     assert step_cost(config, None) is None
     assert step_cost(config, SIZES) == predicted_cost(config, SIZES)
     config.run_dir.mkdir()
-    (config.run_dir / "metrics.jsonl").write_text(json.dumps({"step": 1, "step_s": 2.0, "stage_s": {"train": 1.0}}))
+    row = {"step": 1, "time_s": 2.0, "step_s": 2.0, "stage_s": {"train": 1.0}}
+    (config.run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert step_cost(config, SIZES) == measured_cost(config)
     config = config_of(output_dir=str(tmp_path), rehearsal=REHEARSAL)
     assert step_cost(config, SIZES) == rehearsed_cost(config)

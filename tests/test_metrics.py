@@ -160,6 +160,11 @@ def test_a_torn_last_line_is_passed_over_by_readers_and_cut_off_by_the_next_writ
     assert steps_of(tmp_path) == [1, 2]
 
 
+def test_a_whole_last_line_counts_even_without_its_newline(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_a_resumed_runs_lines_replace_those_of_the_abandoned_future() -> None:
     rows = [{"step": s, "run": run} for run, s in ((1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, 4))]
     assert rewound(rows) == [{"step": 1, "run": 1}, *({"step": s, "run": 2} for s in (2, 3, 4))]

@@ -14,6 +14,7 @@ from ocrm_ray.networks import (
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
+    require_own_logits,
     response_logprobs,
     response_values,
     save_model,
@@ -152,9 +153,9 @@ def test_architecture_whose_logits_are_more_than_its_heads_is_refused_by_name():
             outputs.logits = 2 * outputs.logits
             return outputs
 
-    CausalModel(build_policy()).check()
-    with pytest.raises(RunError, match="Doubling: its logits are not its head's of its hidden states"):
-        CausalModel(Doubling(llama_config()).eval()).check()
+    require_own_logits(CausalModel(build_policy()))
+    with pytest.raises(RunError, match="Doubling: its logits are not those of its head"):
+        require_own_logits(CausalModel(Doubling(llama_config()).eval()))
 
 
 def gradients_and_saved_bytes(checkpointed):

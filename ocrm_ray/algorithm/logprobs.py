@@ -1,6 +1,7 @@
-"""Log-probabilities of response tokens, and the mask that says which tokens belong to a response."""
+"""Log-probabilities of response tokens."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,21 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 MAX_LOGITS = 2**24
 """Most logits of a chunk: 64 MiB in float32."""
-_CACHED = 2**18
-
-
-def eos_mask(response_ids: Tensor, lengths: Tensor, eos_ids: Sequence[int]) -> Tensor:
-    """True [B, T] up to and including the first EOS, and nowhere at or past ``lengths`` [B].
-
-    ``response_ids`` [B, T] are right padded; padding may equal an EOS id. A response without any of ``eos_ids``
-    (there may be several, or none) counts to its length.
-    """
-    positions = torch.arange(response_ids.shape[1], device=response_ids.device)
-    within = positions < lengths.unsqueeze(1)
-    stops = torch.tensor(tuple(eos_ids), dtype=response_ids.dtype, device=response_ids.device)
-    is_eos = torch.isin(response_ids, stops)
-    num_eos_before = is_eos.cumsum(dim=1) - is_eos.long()
-    return within & (num_eos_before == 0)
+_CACHED_LOGITS = 2**18
 
 
 def head_logprobs(
@@ -39,12 +26,14 @@ def head_logprobs(
     No more than ``chunk_size`` rows of logits exist at a time: every chunk but the last is computed again in the
     backward pass. The entropy, in nats, has no gradient.
     """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
 
     def of_chunk(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        table = log_probabilities(head(hidden), temperature)
-        logprobs = token_logprobs(table, tokens)
+        logits = head(hidden)
+        logprobs: Tensor = _TokenLogprobs.apply(logits, tokens, temperature)  # type: ignore[no-untyped-call]
         # Last, behind all that the backward pass needs: there it is not computed again.
-        return logprobs, token_entropy(table.detach()) if with_entropy else table.new_empty(0)
+        return logprobs, token_entropy(logits.detach(), temperature) if with_entropy else logprobs.new_empty(0)
 
     chunks = list(zip(torch.split(hidden, chunk_size), torch.split(tokens, chunk_size), strict=True))
     parts = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks[:-1]]
@@ -53,24 +42,51 @@ def head_logprobs(
     return logprobs, entropy if with_entropy else None
 
 
-def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """log softmax(``logits`` / temperature) over the last dimension, in float32."""
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probs [N] of tokens [N] under softmax(logits [N, V] / temperature); computed in float32, some rows at a time.
+
+    Nothing but the logits is kept, in their own precision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        parts = zip(_blocks(logits), torch.split(tokens, _rows(logits)), strict=True)
+        logprobs = torch.cat([_log_softmax(rows, temperature).gather(1, said[:, None])[:, 0] for rows, said in parts])
+        ctx.save_for_backward(logits, tokens)
+        ctx.temperature = temperature
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        logits, tokens = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        slope, size = upstream[:, None] / ctx.temperature, _rows(logits)
+        vectors = zip(torch.split(tokens[:, None], size), torch.split(slope, size), strict=True)
+        for rows, target, (said, factor) in zip(_blocks(logits), _blocks(gradient), vectors, strict=True):
+            of_rows = _log_softmax(rows, ctx.temperature).exp_().mul_(-factor).scatter_add_(1, said, factor)
+            target.copy_(of_rows)
+        return gradient, None, None
+
+
+def token_entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Entropy in nats, float32 [N], of softmax(``logits`` [N, V] / temperature); logits may be -inf."""
+    lowest = torch.finfo(torch.float32).min
+    tables = (_log_softmax(rows, temperature) for rows in _blocks(logits))
+    return -torch.cat([torch.linalg.vecdot(table.exp(), table.clamp(min=lowest)) for table in tables])
+
+
+def _rows(logits: Tensor) -> int:
+    """Rows of logits whose float32 copies stay in a CPU's cache, where several passes over them cost little."""
+    return max(1, _CACHED_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+
+
+def _blocks(logits: Tensor) -> Sequence[Tensor]:
+    return torch.split(logits, _rows(logits))
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     logits = logits.float()
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-
-
-def token_logprobs(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
-    """[...] of ``log_probabilities`` [..., V] at ``tokens`` [...]."""
-    return log_probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-def token_entropy(log_probabilities: Tensor) -> Tensor:
-    """Entropy in nats, [N], of ``log_probabilities`` [N, V] (-inf is allowed), in blocks that stay in cache."""
-    lowest = torch.finfo(log_probabilities.dtype).min
-    blocks = torch.split(log_probabilities, max(1, _CACHED // log_probabilities.shape[-1]))
-    return -torch.cat([torch.linalg.vecdot(block.exp(), block.clamp(min=lowest)) for block in blocks])
 
 
 def sequence_logprobs(token_logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ from tiny_models import (
 
 from actors.policy import PolicyActor
 from actors.training_engine import EngineSettings, TrainingEngine
-from ocrm_ray import networks
-from ocrm_ray.batches import PaddedBatch
+from ocrm_ray import batches, networks
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import CausalModel, load_causal_lm, response_logprobs
 from ocrm_ray.records import RefitReport, Sequence
@@ -73,7 +72,8 @@ def test_update_raises_what_was_rewarded_and_lowers_what_was_not(tmp_path):
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
 @pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
-def test_update_does_not_depend_on_the_micro_batch_tokens(tmp_path, zero_stage, algorithm):
+def test_update_does_not_depend_on_the_micro_batch_tokens(tmp_path, monkeypatch, zero_stage, algorithm):
+    monkeypatch.setattr(batches, "SMALL_BLOCK", 1)
     results = []
     for tokens in (1, 15, 100):
         folder = tmp_path / str(tokens)
@@ -91,11 +91,11 @@ def test_update_does_not_depend_on_the_micro_batch_tokens(tmp_path, zero_stage, 
 
 
 def forwards_of(actor, monkeypatch):
-    """[rows, with gradient] of every forward pass that the policy makes from now on."""
+    """[sequences, with gradient] of every forward pass that the policy makes from now on."""
     calls, original = [], CausalModel.forward
 
     def forward(self, batch, *arguments):
-        calls.append((len(batch.tokens), torch.is_grad_enabled()))
+        calls.append((len(batch.starts), torch.is_grad_enabled()))
         return original(self, batch, *arguments)
 
     monkeypatch.setattr(CausalModel, "forward", forward)
@@ -160,7 +160,7 @@ def test_exported_file_reproduces_the_trainers_logprobs_and_names_the_head(tmp_p
     batch = pad_batch(SEQUENCES, EOS)
     rows = response_logprobs(CausalModel(model), batch, 1.0).detach()
     for row, expected in zip(rows.numpy(), actor.logprobs(SEQUENCES), strict=True):
-        np.testing.assert_allclose(row[: len(expected)], expected, atol=1e-6)
+        np.testing.assert_allclose(row[: len(expected)], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
@@ -312,9 +312,8 @@ def test_critic_is_kept_where_the_configuration_says_so(tmp_path):
 
 
 def token_batch(tokens):
-    """Rows of equal length whose first token is the prompt."""
-    ones = torch.ones(len(tokens), dtype=torch.long)
-    return PaddedBatch(tokens, ones, (tokens.shape[1] - 1) * ones)
+    """[B, L] tokens as sequences with a prompt of one."""
+    return pad_batch([Sequence((row[0],), tuple(row[1:]), has_eos=False) for row in tokens.tolist()], EOS)
 
 
 def engine_weights(settings, num_parts, steps=3, **sizes):
@@ -351,6 +350,8 @@ def test_every_zero_stage_takes_the_step_of_plain_torch_with_clipping(monkeypatc
         optimizer.zero_grad()
     expected = model.state_dict()
     monkeypatch.setattr(networks, "MAX_LOGITS", 10 * 4096)
+    monkeypatch.setattr(batches, "SMALL_BLOCK", 1)
+    monkeypatch.setattr(batches, "MAX_PADDING", -1.0)  # every row is a block
     for stage in range(4):
         settings = EngineSettings(1e-3, 0.05, zero_stage=stage, dtype="float32", checkpointing=checkpointing)
         weights, _, _ = engine_weights(settings, num_parts=2, **LARGE)

@@ -76,7 +76,7 @@ def test_refit_uses_the_pairs_of_its_indices(tmp_path):
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_refit_does_not_depend_on_the_micro_batch_tokens(tmp_path, monkeypatch, zero_stage):
-    monkeypatch.setattr(batches, "SMALL_CHUNK", 30)  # so that a micro-batch is several forward passes
+    monkeypatch.setattr(batches, "SMALL_BLOCK", 30)  # so that a forward pass is several blocks
     train = random_pairs(100, seed=1)
     weights = np.linspace(0, 2, 100)
     results = []

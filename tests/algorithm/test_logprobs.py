@@ -1,4 +1,4 @@
-"""Masks, token log-probs and their sums."""
+"""Token log-probs and their sums."""
 
 import math
 
@@ -6,39 +6,7 @@ import pytest
 import torch
 
 from ocrm_ray.algorithm import logprobs
-from ocrm_ray.algorithm.logprobs import eos_mask, head_logprobs, sequence_logprobs
-
-
-def masked_rows(response_ids: list[list[int]], lengths: list[int], eos_ids: tuple[int, ...]) -> list[list[int]]:
-    return eos_mask(torch.tensor(response_ids), torch.tensor(lengths), eos_ids).int().tolist()
-
-
-def test_mask_includes_the_first_eos_and_nothing_after_it():
-    assert masked_rows([[5, 2, 7, 2], [2, 5, 5, 5], [5, 5, 5, 2]], [4, 4, 4], (2,)) == [
-        [1, 1, 0, 0],
-        [1, 0, 0, 0],
-        [1, 1, 1, 1],
-    ]
-
-
-def test_whichever_of_several_eos_ids_comes_first_ends_the_response():
-    assert masked_rows([[5, 3, 2, 5], [5, 5, 2, 3]], [4, 4], (2, 3)) == [[1, 1, 0, 0], [1, 1, 1, 0]]
-
-
-def test_a_response_without_eos_counts_to_its_length():
-    assert masked_rows([[5, 6, 7, 8], [5, 6, 7, 8]], [4, 2], (2,)) == [[1, 1, 1, 1], [1, 1, 0, 0]]
-
-
-def test_without_eos_ids_only_lengths_count():
-    assert masked_rows([[2, 2, 2], [2, 2, 2]], [3, 1], ()) == [[1, 1, 1], [1, 0, 0]]
-
-
-def test_padding_equal_to_eos_is_not_part_of_the_response():
-    assert masked_rows([[5, 6, 2, 2], [5, 6, 2, 2], [2, 2, 2, 2]], [2, 3, 0], (2,)) == [
-        [1, 1, 0, 0],
-        [1, 1, 1, 0],
-        [0, 0, 0, 0],
-    ]
+from ocrm_ray.algorithm.logprobs import head_logprobs, sequence_logprobs
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -136,7 +104,9 @@ def test_every_chunk_but_the_last_is_computed_again_and_none_is_larger():
 
 def test_backward_pass_does_not_compute_the_entropy_again(monkeypatch: pytest.MonkeyPatch):
     calls, original = [], logprobs.token_entropy
-    monkeypatch.setattr(logprobs, "token_entropy", lambda table: calls.append(len(table)) or original(table))
+    monkeypatch.setattr(
+        logprobs, "token_entropy", lambda logits, *args: calls.append(len(logits)) or original(logits, *args)
+    )
     through_a_head(4)
     assert calls == [4, 4, 3]
 

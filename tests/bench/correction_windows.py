@@ -9,6 +9,7 @@ of the first, which loads what a refit needs, is left out. Tokens of a step are 
 """
 
 import math
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,11 @@ class Cost:
 
 
 def promoted(measured: MeasuredRun) -> list[CorrectionWindow]:
-    return [window for window in correction_windows(measured.run) if window.outcome == "promoted"]
+    """At least two. SystemExit where there are fewer."""
+    windows = [window for window in correction_windows(measured.run) if window.outcome == "promoted"]
+    if len(windows) < 2:
+        sys.exit(f"{len(windows)} corrections were promoted: raise --corrections or k, or quiet the machine")
+    return windows
 
 
 def cost_of(measured: MeasuredRun) -> Cost:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OTHERS = "Ray itself"
 ENDED_S = 30.0
 """For processes to be gone after the program that started them."""
-LEFTOVERS = ("ocrm-*", "psm_*", "sem.*")
+SHARED_MEMORY = Path("/dev/shm")
 FEW_EVALUATIONS = {
     "evaluation.every": 10**6,
     "evaluation.num_prompts": 32,
@@ -72,12 +72,14 @@ class Sample:
 
 
 class Watch(threading.Thread):
-    """Samples a process and all its descendants until told to stop; every ``pss_every``-th time their PSS too."""
+    """Samples a process and all its descendants until told to stop; every ``pss_every``-th time also what takes
+    the kernel longer: their PSS, and what they have mapped of shared memory."""
 
     def __init__(self, pid: int, interval_s: float = 0.5, pss_every: int = 10) -> None:
         super().__init__(daemon=True)
         self.samples: list[Sample] = []
         self.seen: dict[psutil.Process, ProcessState] = {}
+        self.shared_inodes: set[int] = set()
         self._root = psutil.Process(pid)
         self._interval_s, self._pss_every = interval_s, pss_every
         self._stopped = threading.Event()
@@ -111,6 +113,11 @@ class Watch(threading.Thread):
             time.sleep(0.2)
         return alive
 
+    def left_in_shared_memory(self) -> list[str]:
+        """Files that these processes had mapped and that are still there."""
+        files = [path for path in SHARED_MEMORY.rglob("*") if path.is_file()]
+        return sorted(str(path) for path in files if path.stat().st_ino in self.shared_inodes)
+
     def _sample(self, *, with_pss: bool) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in [self._root, *self._root.children(recursive=True)]:
@@ -130,6 +137,9 @@ class Watch(threading.Thread):
             times = process.cpu_times()
             status = Path(f"/proc/{process.pid}/status").read_text().split("\n")  # a zombie's is without memory
             peaks = [int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM")]
+            if with_pss:
+                maps = Path(f"/proc/{process.pid}/maps").read_text().split("\n")
+                self.shared_inodes.update(int(line.split()[4]) for line in maps if f" {SHARED_MEMORY}/" in line)
             self.seen[process] = ProcessState(
                 role=role,
                 cpu_s=times.user + times.system,

@@ -3,8 +3,8 @@
     PYTHONPATH=. .venv/bin/python tests/bench/soak.py [--updates 1000] [--every 5]
 
 After the run, and after a second one that Ctrl-C ends (SIGINT to the whole process group, as a terminal does), no
-process of theirs may run and nothing new of ours may be in shared memory; exits with 1 where something is left. Let no
-other run of ocrm-ray go on beside it: what that one puts there would be counted.
+process of theirs may run and nothing that one of them had mapped may be in shared memory; exits with 1 where something
+is left.
 """
 
 import os
@@ -19,7 +19,6 @@ import numpy as np
 from measured_run import (
     ENDED_S,
     FEW_EVALUATIONS,
-    LEFTOVERS,
     Launch,
     MeasuredRun,
     Watch,
@@ -37,15 +36,10 @@ NUM_FIFTHS = 5
 INTERRUPTED = 130
 
 
-def shared_names() -> set[str]:
-    """What ocrm-ray, vLLM and Python put into shared memory."""
-    return {path.name for pattern in LEFTOVERS for path in Path("/dev/shm").glob(pattern)}
-
-
-def left_behind(watch: Watch, before: set[str]) -> str:
+def left_behind(watch: Watch) -> str:
     """Processes and shared memory that outlive the program; empty where nothing does."""
     survivors = [f"{watch.seen[process].role} ({process.pid})" for process in watch.survivors(ENDED_S)]
-    return ", ".join([*survivors, *sorted(shared_names() - before)])
+    return ", ".join([*survivors, *watch.left_in_shared_memory()])
 
 
 def interrupted(launch: Launch) -> tuple[Watch, int, float]:
@@ -97,13 +91,11 @@ def main() -> int:
         "correction.promote_after": None,
     }
     with tempfile.TemporaryDirectory() as folder:
-        before = shared_names()
         measured = Launch(Path(folder), "soak", embedded_config(), changes, 6, options.stages).measure()
-        left = left_behind(measured.watch, before)
-        before = shared_names()
-        second = Launch(Path(folder), "interrupted", embedded_config(), changes, stages=options.stages)
+        left = left_behind(measured.watch)
+        second = Launch(Path(folder), "interrupted", embedded_config(), changes, 4, options.stages)
         watch, status, end_s = interrupted(second)
-        left_by_interrupt = left_behind(watch, before)
+        left_by_interrupt = left_behind(watch)
     promoted = [event for event in measured.run.events if event["event"] == "promoted"]
     table(
         f"soak: {options.updates} embedded updates, {len(promoted)} corrections of {options.num_pairs} pairs promoted",
@@ -111,8 +103,8 @@ def main() -> int:
             ["", *(f"at {part:.0%}" for part in PARTS), "growth"],
             *memory_rows(measured),
             *time_rows(measured),
-            ["left after the end", left or "nothing"],
-            ["left after Ctrl-C", left_by_interrupt or "nothing", f"exit {status}", f"{end_s:.1f} s"],
+            [f"left after the end: {left or 'nothing'}"],
+            [f"left after Ctrl-C: {left_by_interrupt or 'nothing'}; exit {status} after {end_s:.1f} s"],
         ],
     )
     return int(bool(left or left_by_interrupt) or status != INTERRUPTED)
