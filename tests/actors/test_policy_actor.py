@@ -289,7 +289,7 @@ def test_critic_learns_the_returns_of_the_same_rollouts(tmp_path):
 
 def test_promoted_critic_is_that_of_an_actor_which_started_from_the_new_reward_model(tmp_path):
     other = save_reward_model(tmp_path / "other", seed=9)
-    refit = RefitReport("snapshot-3", 1, other, 0.0, 0.0, 0.0)
+    refit = RefitReport(1, other, 0.0, 0.0, 0.0)
     actor = ppo_actor(tmp_path / "a", critic_on_promote="reinit")
     for _ in range(3):
         actor.update(rollouts_of(actor))
@@ -306,7 +306,7 @@ def test_promoted_critic_is_that_of_an_actor_which_started_from_the_new_reward_m
 def test_critic_is_kept_where_the_configuration_says_so(tmp_path):
     actor = ppo_actor(tmp_path, critic_on_promote="keep")
     losses = [actor.update(rollouts_of(actor)).value_loss for _ in range(6)]
-    actor.stage("s", RefitReport("s", 1, tmp_path / "nowhere", 0.0, 0.0, 0.0))
+    actor.stage("s", RefitReport(1, tmp_path / "nowhere", 0.0, 0.0, 0.0))
     actor.commit("s", 1, 0)
     assert actor.update(rollouts_of(actor, versions=(1, 0))).value_loss < losses[-1]
 
