@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from actors.training_engine import EngineSettings, TrainingEngine, start_process
 from ocrm_ray.algorithm.calibration import calibration, recentre
 from ocrm_ray.batches import SequenceTable, length_chunks
 from ocrm_ray.config import RewardTraining, RunConfig
-from ocrm_ray.inference import row_scores
-from ocrm_ray.networks import ScalarModel, load_reward_model, load_tokenizer
+from ocrm_ray.inference import table_scores
+from ocrm_ray.networks import ScalarModel, last_token_scores, load_reward_model, load_tokenizer
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import Calibration, FloatArray, IntArray, RefitReport, RefitRequest, Sequence
 from ocrm_ray.reward_learning import (
@@ -28,7 +29,6 @@ from ocrm_ray.reward_learning import (
 from ocrm_ray.stages import stage_paths
 
 LIVE = "live"
-FIRST = "first"
 
 
 class RewardServer:
@@ -56,7 +56,7 @@ class RewardServer:
     def score(self, sequences: Seq[Sequence], slot: str = LIVE) -> FloatArray:
         """Calibrated scores [N], read at the last token; ``slot``: ``live`` or a promotion_id."""
         model, found = self._slot(slot)
-        scores = self._raw_scores(model, self._table(sequences))
+        scores = table_scores(model, self._table(sequences), self._config.pools.reward)
         return recentre(scores, found.mean, found.std, self._config.reward.scale == "calibration_std").numpy()
 
     def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
@@ -88,24 +88,22 @@ class RewardServer:
         dtype = self._config.pools.reward.dtype
         model = load_reward_model(path, dtype=dtype, trust_remote_code=self._config.trust_remote_code)
         model = model.requires_grad_(False).to(training_device())
-        mean, std = calibration(self._raw_scores(model, self._calibration_set))
+        mean, std = calibration(table_scores(model, self._calibration_set, self._config.pools.reward))
         return model, Calibration(mean, std)
 
-    def _raw_scores(self, model: ScalarModel, table: SequenceTable) -> torch.Tensor:
-        pool = self._config.pools.reward
-        return row_scores(model, table, np.arange(len(table)), pool.batch_size, pool.batch_tokens)
 
-
+@dataclass(eq=False)
 class RewardRefitter:
-    """Trains reward models, one after another in one process: the first one, then a candidate for each correction."""
+    """Trains reward models, one after another in one process: the first one, then a candidate for each correction.
 
-    def __init__(self, config: RunConfig, sft_path: str, reward_path: str | None, run_dir: Path) -> None:
-        """``reward_path``: the first reward model; None where it is still to be trained."""
-        self._config = config
-        self._sft_path = sft_path
-        self._reward_path = reward_path
-        self._run_dir = run_dir
-        self._progress = (0, 0)
+    ``reward_path``: the first reward model; None where it is still to be trained.
+    """
+
+    config: RunConfig
+    sft_path: str
+    reward_path: str | None
+    run_dir: Path
+    _progress: tuple[int, int] = (0, 0)
 
     def progress(self) -> tuple[int, int]:
         """Optimiser steps (done, in all) of the fit that goes on; may be asked from another thread."""
@@ -113,11 +111,11 @@ class RewardRefitter:
 
     def start(self) -> None:
         """Read the pairs."""
-        start_process(self._config.pools.reward.threads_per_actor, self._config.seed)
-        self._tokenizer = load_tokenizer(self._sft_path, trust_remote_code=self._config.trust_remote_code)
-        folder = self._config.stage_root / "pairs"
+        start_process(self.config.pools.reward.threads_per_actor, self.config.seed)
+        self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=self.config.trust_remote_code)
+        folder = self.config.stage_root / "pairs"
         self._train, self._heldout = (
-            pair_table(read_pairs(folder / name), self._tokenizer.pad_token_id, self._config.share_prompts)
+            pair_table(read_pairs(folder / name), self._tokenizer.pad_token_id, self.config.share_prompts)
             for name in ("train.jsonl", "heldout.jsonl")
         )
         self._lengths = pair_lengths(self._train)
@@ -125,50 +123,49 @@ class RewardRefitter:
     def fit_first(self) -> RefitReport:
         """The first reward model, version 0: all pairs alike, from its own initial weights, into the stage folder."""
         indices = np.arange(len(self._train) // 2)
-        request = RefitRequest(FIRST, 0, indices, None, self._config.seed)
-        paths = stage_paths(self._config)
-        return self._fit(request, self._config.reward.training, paths.reward_base, paths.root / "reward")
+        request = RefitRequest(0, indices, None, self.config.seed)
+        paths = stage_paths(self.config)
+        return self._fit(request, self.config.reward.training, paths.reward_base, paths.root / "reward")
 
     def refit(self, request: RefitRequest) -> RefitReport:
         """A candidate for a correction, into ``reward/vN`` of the run folder."""
-        folder = self._run_dir / "reward" / f"v{request.reward_version}"
-        return self._fit(request, self._config.correction.training, self._initial_path(request.reward_version), folder)
+        folder = self.run_dir / "reward" / f"v{request.reward_version}"
+        return self._fit(request, self.config.correction.training, self._initial_path(request.reward_version), folder)
 
     def _initial_path(self, reward_version: int) -> str:
-        match self._config.correction.rm_init:
+        match self.config.correction.rm_init:
             case "sft":
-                return self._sft_path
+                return self.sft_path
             case "base":
-                return stage_paths(self._config).reward_base
+                return stage_paths(self.config).reward_base
             case "previous":
                 # The candidate is always the successor of the live model.
                 if reward_version > 1:
-                    return str(self._run_dir / "reward" / f"v{reward_version - 1}")
-                assert self._reward_path is not None
-                return self._reward_path
+                    return str(self.run_dir / "reward" / f"v{reward_version - 1}")
+                assert self.reward_path is not None
+                return self.reward_path
 
     def _fit(self, request: RefitRequest, training: RewardTraining, initial: str, folder: Path) -> RefitReport:
         started = time.perf_counter()
-        dtype = self._config.pools.reward.dtype
-        trust = self._config.trust_remote_code
-        model = load_reward_model(initial, dtype=dtype, trust_remote_code=trust, head_seed=self._config.seed)
-        settings = EngineSettings(
+        dtype = self.config.pools.reward.dtype
+        trust = self.config.trust_remote_code
+        model = load_reward_model(initial, dtype=dtype, trust_remote_code=trust, head_seed=self.config.seed)
+        settings = EngineSettings.of(
+            self.config.policy,
             learning_rate=training.learning_rate,
             max_grad_norm=training.max_grad_norm,
-            zero_stage=self._config.policy.zero_stage,
             dtype=dtype,
             weight_decay=training.weight_decay,
-            checkpointing=self._config.policy.gradient_checkpointing,
         )
         engine = TrainingEngine(model, settings)
         try:
             loss = self._train_epochs(engine, request, training)
-            accuracy = self._heldout_accuracy(engine)
+            accuracy = pair_accuracy(table_scores(engine.forward, self._heldout, self.config.pools.reward))
             engine.save(self._tokenizer, folder)
         finally:
             engine.close()
         seconds = time.perf_counter() - started
-        return RefitReport(request.promotion_id, request.reward_version, folder, loss, accuracy, seconds)
+        return RefitReport(request.reward_version, folder, loss, accuracy, seconds)
 
     def _train_epochs(self, engine: TrainingEngine, request: RefitRequest, training: RewardTraining) -> float:
         """Mean loss of the last epoch's pairs, each taken when it was trained on."""
@@ -190,17 +187,10 @@ class RewardRefitter:
     ) -> float:
         """Accumulate the gradient of one optimiser batch of pairs; returns its mean loss."""
         chunks = length_chunks(self._lengths[pairs], training.micro_batch_size, training.micro_batch_tokens)
-        limits = (2 * training.micro_batch_size, 2 * training.micro_batch_tokens)  # a pair in one forward pass
-        total = 0.0
-        for number, chunk in enumerate(chunks, start=1):
-            scores = row_scores(engine.forward, self._train, pair_rows(pairs[chunk]), *limits)
-            part = None if weights is None else torch.from_numpy(weights[chunk])
-            loss = weighted_pair_loss(scores, part, len(pairs))
-            engine.accumulate(loss, is_last=number == len(chunks))
-            total += loss.item()
-        return total
 
-    def _heldout_accuracy(self, engine: TrainingEngine) -> float:
-        rows, pool = np.arange(len(self._heldout)), self._config.pools.reward
-        with torch.no_grad():
-            return pair_accuracy(row_scores(engine.forward, self._heldout, rows, pool.batch_size, pool.batch_tokens))
+        def loss_of(chunk: list[int]) -> torch.Tensor:
+            batch = self._train.batch(pair_rows(pairs[chunk])).to(engine.device)
+            part = None if weights is None else torch.from_numpy(weights[chunk]).to(engine.device)
+            return weighted_pair_loss(last_token_scores(engine.forward, batch), part, len(pairs))
+
+        return engine.accumulate(chunks, loss_of)

@@ -172,7 +172,7 @@ class TimedRefitter(TimedActor):
     async def refit(self, request: records.RefitRequest) -> records.RefitReport:
         seconds = self._rehearsal.refit_s
         await self._take("refit", seconds)
-        return records.RefitReport(request.promotion_id, request.reward_version, Path(), 0.0, 0.5, seconds)
+        return records.RefitReport(request.reward_version, Path(), 0.0, 0.5, seconds)
 
 
 def _now() -> float:

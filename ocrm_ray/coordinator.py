@@ -69,7 +69,9 @@ class Coordinator:
         """All updates. Raises the first failing task's own error."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                pumps = [tasks.create_task(self.pump.issue(tasks)), tasks.create_task(self.pump.score())]
+                # two scoring pumps: the next message is with the actors before they have answered this one
+                work = self.pump.issue(tasks), self.pump.score(), self.pump.score()
+                pumps = [tasks.create_task(pump) for pump in work]
                 await self._optimise(tasks)
                 self._abandon(pumps)
         except BaseExceptionGroup as group:

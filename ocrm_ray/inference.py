@@ -52,7 +52,8 @@ def _each(
 ) -> list[Any]:
     """What ``compute`` gives for each row, or each of ``rows``, in their order."""
     rows = np.arange(len(table)) if rows is None else rows
-    device, results = next(model.parameters()).device, {}
+    device = next(model.parameters()).device
+    results: dict[int, Any] = {}
     for chunk in table.chunks(rows, pool.batch_size, pool.batch_tokens):
         results.update(zip(chunk, compute(table.batch(rows[chunk]).to(device)), strict=True))
     return [results[position] for position in range(len(rows))]

@@ -41,19 +41,22 @@ class RolloutScorer:
         self._reward = reward
         self._staged: ScoreVersions | None = None
         self._staged_scores: dict[str, list[tuple[Scores, ...]]] = {}
-        self._scoring_now = asyncio.Lock()
+        self._in_flight: set[asyncio.Future[None]] = set()
 
     async def score(self, rollouts: Mapping[str, Rollout]) -> dict[str, Rollout]:
         """Scored under the live pair, and under a staged candidate where there is one."""
-        async with self._scoring_now:
-            live, staged = self.live, self._staged
-            scores, changes = await asyncio.gather(
-                self._scores(rollouts, live), self._changes(rollouts, live, staged or live)
-            )
-            scored = {key: rollout.with_scores(scores[key]) for key, rollout in rollouts.items()}
-            if staged is not None:
-                self._keep(scored, changes)
-            await self._score_staged(scored)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._in_flight.add(ended)
+        live, staged = self.live, self._staged
+        scores, changes = await asyncio.gather(
+            self._scores(rollouts, live), self._changes(rollouts, live, staged or live)
+        )
+        scored = {key: rollout.with_scores(scores[key]) for key, rollout in rollouts.items()}
+        if staged is not None:
+            self._keep(scored, changes)
+        await self._score_staged(scored)
+        self._in_flight.remove(ended)
+        ended.set_result(None)
         return scored
 
     async def stage(self, versions: ScoreVersions, queue: Mapping[str, Rollout]) -> None:
@@ -64,8 +67,8 @@ class RolloutScorer:
         assert self._staged is None, "one candidate at a time"
         self._staged = versions
         await self._score_staged(queue)
-        async with self._scoring_now:
-            pass
+        if self._in_flight:
+            await asyncio.wait(set(self._in_flight))
 
     def commit(self) -> None:
         """The staged pair is live."""

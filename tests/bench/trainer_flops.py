@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from actors.policy import PolicyActor
-from ocrm_ray.batches import SequenceTable, length_chunks
+from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
 from ocrm_ray.conversations import encode_response
 from ocrm_ray.networks import load_tokenizer
@@ -103,11 +103,11 @@ def main() -> None:
 
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=False)
     rollouts = read_rollouts(tokenizer, arguments.data, arguments.rows, arguments.new_tokens)
-    table = SequenceTable([sequence for rollout in rollouts for sequence in rollout.sequences], 0)
+    table = SequenceTable([sequence for rollout in rollouts for sequence in rollout.sequences], 0, False)
     lengths = table.lengths
-    chunks = length_chunks(lengths, 128, arguments.micro_batch_tokens)
+    chunks = table.chunks(np.arange(len(table)), 128, arguments.micro_batch_tokens)
     blocks = [block for chunk in chunks for block in table.batch(chunk).blocks()]
-    padded = sum(block.tokens.numel() for block in blocks)
+    padded = sum((rows.stop - rows.start) * width for rows, width in blocks)
     actor = make_actor(arguments)
     num_parameters = sum(parameter.numel() for parameter in actor._engine.network.parameters())
     work = 6 * num_parameters * int(lengths.sum())
