@@ -4,12 +4,12 @@ Networks here are causal and rows padded on the right, so padding can never reac
 mask, and its id may equal EOS. Responses to one prompt may share a row: then a mask hides them from each other.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -84,91 +84,76 @@ class PaddedBatch:
 
 
 class SequenceTable:
-    """Sequences as one flat token array, so that a batch is cut without a Python loop over rows.
+    """Sequences with at least one prompt and one response token each, from which batches are cut.
 
-    Every sequence needs at least one prompt and one response token.
+    ``prompt_lengths``, ``response_lengths``, ``lengths`` [N]: tokens of each, and of both together.
     """
 
     def __init__(self, sequences: Seq[Sequence], pad_id: int, share_prompts: bool) -> None:
         """``share_prompts``: neighbours with the same prompt go into one row of a batch, behind one copy of it."""
         self._pad_id = pad_id
         self.share_prompts = share_prompts
-        self.prompt_lengths: IntArray = _lengths(sequence.prompt_ids for sequence in sequences)
-        self.response_lengths: IntArray = _lengths(sequence.response_ids for sequence in sequences)
+        self._tokens = [np.array((*s.prompt_ids, *s.response_ids), dtype=np.int32) for s in sequences]
+        self.prompt_lengths: IntArray = np.array([len(s.prompt_ids) for s in sequences], dtype=np.int64)
+        self.response_lengths: IntArray = np.array([len(s.response_ids) for s in sequences], dtype=np.int64)
         assert (self.prompt_lengths > 0).all(), "a sequence has an empty prompt"
         assert (self.response_lengths > 0).all(), "a sequence has an empty response"
         self.lengths: IntArray = self.prompt_lengths + self.response_lengths
-        rows = (chain(sequence.prompt_ids, sequence.response_ids) for sequence in sequences)
-        self._flat: npt.NDArray[np.int32] = np.fromiter(
-            chain.from_iterable(rows), dtype=np.int32, count=int(self.lengths.sum())
-        )
-        self._starts: IntArray = np.cumsum(self.lengths) - self.lengths
-        is_new = (not share_prompts or a.prompt_ids != b.prompt_ids for a, b in pairwise(sequences))
-        self._prompts: IntArray = np.cumsum(np.fromiter(chain([False], is_new), dtype=np.int64, count=len(self)))
+        is_new = [not share_prompts or a.prompt_ids != b.prompt_ids for a, b in pairwise(sequences)]
+        self._prompts = np.cumsum([True, *is_new])
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def chunks(self, indices: IntArray, max_sequences: int, max_tokens: int) -> list[list[int]]:
         """Positions in ``indices``, longest rows first, as ``length_chunks`` cuts them; a row is in one chunk."""
-        order, row = self._rows(indices)
-        firsts = np.flatnonzero(np.diff(row, prepend=-1))
-        chosen = indices[order]
-        lengths = self.prompt_lengths[chosen[firsts]] + np.add.reduceat(self.response_lengths[chosen], firsts)
-        members = np.split(order, firsts[1:])
-        sizes = np.array([len(member) for member in members])
-        cut = length_chunks(lengths, max_sequences, max_tokens, sizes)
-        return [np.concatenate([members[number] for number in chunk]).tolist() for chunk in cut]
+        rows, lengths = self._rows(indices)
+        cut = length_chunks(lengths, max_sequences, max_tokens, np.array([len(row) for row in rows]))
+        return [[position for number in chunk for position in rows[number]] for chunk in cut]
 
     def batch(self, indices: IntArray | Seq[int]) -> PaddedBatch:
         """The sequences ``indices``, in that order, on the CPU."""
         indices = np.asarray(indices, dtype=np.int64)
         assert indices.size, "a batch needs at least one sequence"
-        order, row = self._rows(indices)
-        chosen = indices[order]
-        firsts = np.flatnonzero(np.diff(row, prepend=-1))
-        prompts, responses = self.prompt_lengths[chosen], self.response_lengths[chosen]
-        before = np.cumsum(responses) - responses
-        columns = prompts + before - before[firsts][row]
-        lengths = np.maximum.reduceat(columns + responses, firsts)
-        by_length = np.argsort(-lengths, kind="stable")
-        row, width = np.argsort(by_length)[row], int(lengths.max())
-        tokens, positions = (np.full((len(firsts), width), fill) for fill in (self._pad_id, 0))
-        parts = np.full((len(firsts), width), -1)
-
-        def place(owner: IntArray, lengths: IntArray, column: IntArray, source: IntArray, position: IntArray) -> None:
-            """Write token i of each of ``owner``'s stretches to ``column + i`` of its row."""
-            which = np.repeat(np.arange(len(owner)), lengths)
-            step = np.arange(len(which)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            target = row[owner][which], column[which] + step
-            tokens[target] = self._flat[source[which] + step]
-            positions[target] = position[which] + step
-            parts[target] = owner[which] + 1 if lengths is responses else 0
-
-        zeros = np.zeros(len(firsts), dtype=np.int64)
-        place(firsts, prompts[firsts], zeros, self._starts[chosen[firsts]], zeros)
-        place(np.arange(len(order)), responses, columns, self._starts[chosen] + prompts, prompts)
-        back = np.argsort(order)
+        rows, lengths = self._rows(indices)
+        longest_first = np.argsort(-lengths, kind="stable")
+        shape = (len(rows), int(lengths.max()))
+        tokens, positions, parts = (np.full(shape, fill) for fill in (self._pad_id, 0, -1))
+        prompt_ends, starts = np.empty((2, len(indices)), dtype=np.int64)
+        for row, members in enumerate(rows[number] for number in longest_first):
+            place = prompt = int(self.prompt_lengths[indices[members[0]]])
+            tokens[row, :prompt], parts[row, :prompt] = self._tokens[indices[members[0]]][:prompt], 0
+            positions[row, :prompt] = np.arange(prompt)
+            for part, member in enumerate(members, start=1):
+                sequence = self._tokens[indices[member]]
+                end = place + len(sequence) - prompt
+                tokens[row, place:end], parts[row, place:end] = sequence[prompt:], part
+                positions[row, place:end] = np.arange(prompt, len(sequence))
+                prompt_ends[member], starts[member] = row * shape[1] + prompt - 1, row * shape[1] + place
+                place = end
         return PaddedBatch(
             torch.from_numpy(tokens),
             torch.from_numpy(positions),
-            torch.from_numpy(lengths[by_length]),
-            _visibility(torch.from_numpy(parts)) if len(firsts) < len(order) else None,
-            torch.from_numpy((row * width + prompts - 1)[back]),
-            torch.from_numpy((row * width + columns)[back]),
-            torch.from_numpy(responses[back]),
+            torch.from_numpy(lengths[longest_first]),
+            _visibility(torch.from_numpy(parts)) if len(rows) < len(indices) else None,
+            torch.from_numpy(prompt_ends),
+            torch.from_numpy(starts),
+            torch.from_numpy(self.response_lengths[indices]),
         )
 
-    def _rows(self, indices: IntArray) -> tuple[IntArray, IntArray]:
-        """(order, row): ``indices[order]`` are sorted by prompt, and go into rows ``row`` = 0, 0, 1, ..."""
-        order = np.argsort(self._prompts[indices], kind="stable")
-        chosen = indices[order]
-        prompt, responses = self._prompts[chosen], self.response_lengths[chosen]
-        is_new = np.diff(prompt, prepend=-1) != 0
-        before = np.cumsum(responses) - responses
-        before -= before[is_new][np.cumsum(is_new) - 1]
-        part = before // np.maximum(ROW_TOKENS - self.prompt_lengths[chosen], 1)
-        return order, np.cumsum(is_new | (np.diff(part, prepend=0) != 0)) - 1
+    def _rows(self, indices: IntArray) -> tuple[list[list[int]], IntArray]:
+        """(positions in ``indices`` of each row's sequences, the rows' tokens)."""
+        rows: dict[tuple[int, int], list[int]] = {}
+        lengths: dict[tuple[int, int], int] = {}
+        said: defaultdict[int, int] = defaultdict(int)
+        columns = (self._prompts, self.prompt_lengths, self.response_lengths)
+        of_each = zip(*(column[indices].tolist() for column in columns), strict=True)
+        for position, (prompt, prompt_length, response_length) in enumerate(of_each):
+            row = prompt, said[prompt] // max(ROW_TOKENS - prompt_length, 1)
+            rows.setdefault(row, []).append(position)
+            lengths[row] = lengths.get(row, prompt_length) + response_length
+            said[prompt] += response_length
+        return list(rows.values()), np.array(list(lengths.values()))
 
 
 def _visibility(parts: Tensor) -> Tensor:
@@ -209,7 +194,3 @@ def cut_rows(values: Tensor, lengths: Tensor) -> list[FloatArray]:
     """Rows of a [B, T] tensor, each cut to its own length: float32 arrays that own their memory."""
     table = values.detach().to("cpu", torch.float32).numpy()
     return [row[:length].copy() for row, length in zip(table, lengths.tolist(), strict=True)]
-
-
-def _lengths(rows: object) -> IntArray:
-    return np.fromiter((len(row) for row in rows), dtype=np.int64)  # type: ignore[attr-defined]

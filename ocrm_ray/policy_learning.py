@@ -4,9 +4,11 @@
 minibatch so that the shares of its micro-batches sum to the token mean of the whole, whatever their size.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,21 +171,16 @@ def micro_batches(
         batch = experience.table.batch(chosen)
         width = int(batch.response_lengths.max())
 
-        def cut(values: Tensor, index: Tensor = index, width: int = width) -> Tensor:
-            return values[index, :width].to(device)
+        def cut(values: Tensor | None, index: Tensor = index, width: int = width) -> Any:
+            return None if values is None else values[index, :width].to(device)
 
         yield MicroBatch(
             batch=batch.to(device),
             experience_rows=index,
             sampler_logprobs=cut(experience.sampler_logprobs),
             anchor_logprobs=cut(experience.anchor_logprobs),
-            old_logprobs=None if experience.old_logprobs is None else cut(experience.old_logprobs),
-            targets=Targets(
-                cut(targets.advantages),
-                cut(targets.loss_mask),
-                None if targets.values is None else cut(targets.values),
-                None if targets.returns is None else cut(targets.returns),
-            ),
+            old_logprobs=cut(experience.old_logprobs),
+            targets=Targets(*map(cut, (targets.advantages, targets.loss_mask, targets.values, targets.returns))),
             share=float(targets.loss_mask[index].sum()) / num_tokens,
         )
 
@@ -227,37 +224,24 @@ def learning_rate_factor(update: int, policy: Policy, period: int) -> float:
     return max(1.0 - update / period, 1.0 / period)
 
 
-@dataclass(slots=True)
 class UpdateStatistics:
-    """What an update reports, summed up while it runs."""
+    """What an update reports: sums of terms over sums of weights, by name of the report's field."""
 
-    losses: list[float] = field(default_factory=list)
-    value_losses: list[float] = field(default_factory=list)
-    clip_shares: list[float] = field(default_factory=list)
-    truncated_shares: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    entropy_sum: float = 0.0
-    num_entropy_tokens: int = 0
-    gap_sum: float = 0.0
-    num_gap_tokens: int = 0
+    def __init__(self) -> None:
+        self.sums: defaultdict[str, Any] = defaultdict(float)
+        self.weights: defaultdict[str, Any] = defaultdict(float)
 
-    def add_step(self, means: Seq[float]) -> None:
-        """Loss, clip share and truncated share of one optimiser step."""
-        for values, mean in zip((self.losses, self.clip_shares, self.truncated_shares), means, strict=True):
-            values.append(mean)
-
-    def add_entropy(self, entropy: Tensor, micro: MicroBatch) -> None:
-        """``entropy`` [B, T] of a micro-batch."""
-        self.entropy_sum += float(entropy.sum())
-        self.num_entropy_tokens += int(micro.batch.response_lengths.sum())
+    def add(self, weight: Tensor | float, **terms: Tensor | float) -> None:
+        """A term to each named sum, and ``weight`` to what it is divided by; nothing waits for a GPU here."""
+        for name, term in terms.items():
+            self.sums[name] += torch.as_tensor(term).detach().double()
+            self.weights[name] += weight
 
     def add_gap(self, logprobs: Tensor, micro: MicroBatch, experience: Experience, version: int) -> None:
         """``logprobs`` [B, T] by the weights of ``version``; only samples that it produced alone are compared."""
         same = (experience.versions[micro.experience_rows] == version).to(logprobs.device)
-        gaps = (logprobs.detach() - micro.sampler_logprobs).abs()
         compared = micro.batch.response_mask & same[:, None]
-        self.gap_sum += float(gaps[compared].sum())
-        self.num_gap_tokens += int(compared.sum())
+        self.add(compared.sum(), logprob_gap=(logprobs - micro.sampler_logprobs).abs()[compared].sum())
 
     def report(self, experience: Experience, version: int, seconds: float) -> UpdateReport:
         """The report of the update to ``version``; KLs are means over responses of k1 sums, from sampling log-probs."""
@@ -265,18 +249,17 @@ class UpdateStatistics:
         against_sft = experience.sampler_logprobs - experience.sft_logprobs
         return UpdateReport(
             version=version,
-            loss=_mean(self.losses),
+            loss=self._mean("loss"),
             kl_anchor=float(against_anchor.sum(1).mean()),
             kl_sft=float(against_sft.sum(1).mean()),
-            entropy=self.entropy_sum / max(self.num_entropy_tokens, 1),
-            clip_share=_mean(self.clip_shares),
-            grad_norm=_mean(self.grad_norms),
-            logprob_gap=self.gap_sum / max(self.num_gap_tokens, 1),
+            entropy=self._mean("entropy"),
+            clip_share=self._mean("clip_share"),
+            grad_norm=self._mean("grad_norm"),
+            logprob_gap=self._mean("logprob_gap"),
             seconds=seconds,
-            value_loss=_mean(self.value_losses) if self.value_losses else None,
-            truncated_share=_mean(self.truncated_shares),
+            value_loss=self._mean("value_loss") if "value_loss" in self.sums else None,
+            truncated_share=self._mean("truncated_share"),
         )
 
-
-def _mean(values: Seq[float]) -> float:
-    return sum(values) / max(len(values), 1)
+    def _mean(self, name: str) -> float:
+        return float(self.sums[name]) / (float(self.weights[name]) or 1.0)
