@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ocrm_ray.errors import mistake
 from ocrm_ray.metrics import summary_of
 from ocrm_ray.plots import draw_study, save
-from ocrm_ray.report import NOT_MEASURED, figure_text, load_template
+from ocrm_ray.report import figure_text, render
 from ocrm_ray.run_files import Run, correction_windows, read_run
 
 
@@ -53,8 +53,7 @@ def write_study(study_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> P
     (study_dir / "study.json").write_text(json.dumps(study, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     save(draw_study({arm: list(found.values()) for arm, found in runs.items() if found}), study_dir / "study.png")
     has_gold = any(run.has_gold for found in runs.values() for run in found.values())
-    template = load_template("study.html")
-    page = template.render(study=study, has_gold=has_gold, columns=COLUMNS, rows=table_rows(study))
+    page = render("study.html", study=study, has_gold=has_gold, columns=COLUMNS, rows=table_rows(study))
     path = study_dir / "study.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -91,8 +90,11 @@ def table_rows(study: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for arm, figures in study["arms"].items():
         num_found, num_all = len(figures["seeds"]), len(study["seeds"])
-        seeds = str(num_all) if num_found == num_all else f"{num_found} of {num_all}"
-        rows.append([arm, seeds, *(_cell(figures, shown) for shown in COLUMNS)])
+        cells = [str(num_all) if num_found == num_all else f"{num_found} of {num_all}"]
+        for _, key, digits, _ in COLUMNS:
+            known = [value for value in (figures["mean"][key], figures["sd"][key]) if value is not None]
+            cells.append(" ± ".join(figure_text(float(value), digits) for value in known) or figure_text(None))
+        rows.append([arm, *cells])
     return rows
 
 
@@ -102,11 +104,3 @@ def study_table(study: Mapping[str, Any]) -> str:
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row[1:], widths[1:])) for row in rows]
     return "\n".join(f"{row[0]:{widths[0]}}  {line}" for row, line in zip(rows, lines, strict=True))
-
-
-def _cell(figures: Mapping[str, Any], shown: Shown) -> str:
-    mean, deviation = figures["mean"][shown.key], figures["sd"][shown.key]
-    if mean is None:
-        return NOT_MEASURED
-    text = figure_text(float(mean), shown.digits)
-    return text if deviation is None else f"{text} ± {figure_text(deviation, shown.digits)}"
