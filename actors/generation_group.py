@@ -111,8 +111,8 @@ class RayGenerationPool(RayPool):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for request_id in list(self._open):
-            self._settle(request_id, None)
+        for opened in self._open.values():
+            opened.answer.cancel()
         await super().close()
 
     def _enqueue(self, request: GenerationRequest) -> _OpenRequest:
@@ -168,14 +168,12 @@ class RayGenerationPool(RayPool):
             for request_id, answer in answers:
                 self._settle(request_id, answer)
 
-    def _settle(self, request_id: str, answer: tuple[Sample, ...] | Exception | None) -> None:
-        """Wake the request's ``generate`` (None: cancel it); one that was dropped meanwhile is no error."""
+    def _settle(self, request_id: str, answer: tuple[Sample, ...] | Exception) -> None:
+        """Wake the request's ``generate``; one that was dropped meanwhile is no error."""
         opened = self._take(request_id)
         if opened is None or opened.answer.done():
             return
-        if answer is None:
-            opened.answer.cancel()
-        elif isinstance(answer, Exception):
+        if isinstance(answer, Exception):
             opened.answer.set_exception(answer)
         else:
             opened.answer.set_result(answer)

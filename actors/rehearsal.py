@@ -24,7 +24,7 @@ from ocrm_ray.correction import PairData
 from ocrm_ray.cost import prompt_tokens
 from ocrm_ray.pools import Pools
 from ocrm_ray.progress import ProgressDisplay
-from ocrm_ray.records import EvaluationReport, Prompt, Sequence
+from ocrm_ray.records import Prompt, Sequence
 from ocrm_ray.rehearsal import Booked, Figures, figure_lines, figures
 from ocrm_ray.reinforcement import ShownRunLog
 from ocrm_ray.run_files import read_run
@@ -34,13 +34,6 @@ TIMED_CPUS = 0.01
 
 MANY_ACTORS = ("RAY_worker_maximum_startup_concurrency", "32")
 """Ray warns where four times as many processes are started."""
-
-
-class NoEvaluator:
-    """Nothing is held out in a rehearsal."""
-
-    async def evaluate(self, step: int, *_: object) -> tuple[EvaluationReport, list[dict[str, object]]]:
-        return EvaluationReport(step, step, 0.0, 0.0, 0.0), []
 
 
 def rehearse(config: RunConfig) -> str:
@@ -90,7 +83,7 @@ async def rehearse_over(config: RunConfig, pools: list[RayPool], folder: Path, s
     clock = asyncio.get_running_loop().time
     with ShownRunLog(folder, config.policy.num_updates, show, clock) as log:
         began = clock() - log.elapsed_s()
-        timed = Pools(generation, policy, scoring, reward, NoEvaluator())
+        timed = Pools(generation, policy, scoring, reward, evaluator=cast(Any, None))  # nothing is held out
         await Coordinator(config, timed, _training_data(config), log, clock).run()
     booked: Booked = defaultdict(list)
     for pool in pools:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,6 @@ from ocrm_ray.reward_learning import (
 from ocrm_ray.stages import stage_paths
 
 LIVE = "live"
-FIRST = "first"
 
 
 class RewardServer:
@@ -96,16 +96,18 @@ class RewardServer:
         return row_scores(model, table, np.arange(len(table)), pool.batch_size, pool.batch_tokens)
 
 
+@dataclass(eq=False)
 class RewardRefitter:
-    """Trains reward models, one after another in one process: the first one, then a candidate for each correction."""
+    """Trains reward models, one after another in one process: the first one, then a candidate for each correction.
 
-    def __init__(self, config: RunConfig, sft_path: str, reward_path: str | None, run_dir: Path) -> None:
-        """``reward_path``: the first reward model; None where it is still to be trained."""
-        self._config = config
-        self._sft_path = sft_path
-        self._reward_path = reward_path
-        self._run_dir = run_dir
-        self._progress = (0, 0)
+    ``reward_path``: the first reward model; None where it is still to be trained.
+    """
+
+    config: RunConfig
+    sft_path: str
+    reward_path: str | None
+    run_dir: Path
+    _progress: tuple[int, int] = (0, 0)
 
     def progress(self) -> tuple[int, int]:
         """Optimiser steps (done, in all) of the fit that goes on; may be asked from another thread."""
@@ -113,11 +115,11 @@ class RewardRefitter:
 
     def start(self) -> None:
         """Read the pairs."""
-        start_process(self._config.pools.reward.threads_per_actor, self._config.seed)
-        self._tokenizer = load_tokenizer(self._sft_path, trust_remote_code=self._config.trust_remote_code)
-        folder = self._config.stage_root / "pairs"
+        start_process(self.config.pools.reward.threads_per_actor, self.config.seed)
+        self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=self.config.trust_remote_code)
+        folder = self.config.stage_root / "pairs"
         self._train, self._heldout = (
-            pair_table(read_pairs(folder / name), self._tokenizer.pad_token_id, self._config.share_prompts)
+            pair_table(read_pairs(folder / name), self._tokenizer.pad_token_id, self.config.share_prompts)
             for name in ("train.jsonl", "heldout.jsonl")
         )
         self._lengths = pair_lengths(self._train)
@@ -125,40 +127,40 @@ class RewardRefitter:
     def fit_first(self) -> RefitReport:
         """The first reward model, version 0: all pairs alike, from its own initial weights, into the stage folder."""
         indices = np.arange(len(self._train) // 2)
-        request = RefitRequest(FIRST, 0, indices, None, self._config.seed)
-        paths = stage_paths(self._config)
-        return self._fit(request, self._config.reward.training, paths.reward_base, paths.root / "reward")
+        request = RefitRequest(0, indices, None, self.config.seed)
+        paths = stage_paths(self.config)
+        return self._fit(request, self.config.reward.training, paths.reward_base, paths.root / "reward")
 
     def refit(self, request: RefitRequest) -> RefitReport:
         """A candidate for a correction, into ``reward/vN`` of the run folder."""
-        folder = self._run_dir / "reward" / f"v{request.reward_version}"
-        return self._fit(request, self._config.correction.training, self._initial_path(request.reward_version), folder)
+        folder = self.run_dir / "reward" / f"v{request.reward_version}"
+        return self._fit(request, self.config.correction.training, self._initial_path(request.reward_version), folder)
 
     def _initial_path(self, reward_version: int) -> str:
-        match self._config.correction.rm_init:
+        match self.config.correction.rm_init:
             case "sft":
-                return self._sft_path
+                return self.sft_path
             case "base":
-                return stage_paths(self._config).reward_base
+                return stage_paths(self.config).reward_base
             case "previous":
                 # The candidate is always the successor of the live model.
                 if reward_version > 1:
-                    return str(self._run_dir / "reward" / f"v{reward_version - 1}")
-                assert self._reward_path is not None
-                return self._reward_path
+                    return str(self.run_dir / "reward" / f"v{reward_version - 1}")
+                assert self.reward_path is not None
+                return self.reward_path
 
     def _fit(self, request: RefitRequest, training: RewardTraining, initial: str, folder: Path) -> RefitReport:
         started = time.perf_counter()
-        dtype = self._config.pools.reward.dtype
-        trust = self._config.trust_remote_code
-        model = load_reward_model(initial, dtype=dtype, trust_remote_code=trust, head_seed=self._config.seed)
+        dtype = self.config.pools.reward.dtype
+        trust = self.config.trust_remote_code
+        model = load_reward_model(initial, dtype=dtype, trust_remote_code=trust, head_seed=self.config.seed)
         settings = EngineSettings(
             learning_rate=training.learning_rate,
             max_grad_norm=training.max_grad_norm,
-            zero_stage=self._config.policy.zero_stage,
+            zero_stage=self.config.policy.zero_stage,
             dtype=dtype,
             weight_decay=training.weight_decay,
-            checkpointing=self._config.policy.gradient_checkpointing,
+            checkpointing=self.config.policy.gradient_checkpointing,
         )
         engine = TrainingEngine(model, settings)
         try:
@@ -168,7 +170,7 @@ class RewardRefitter:
         finally:
             engine.close()
         seconds = time.perf_counter() - started
-        return RefitReport(request.promotion_id, request.reward_version, folder, loss, accuracy, seconds)
+        return RefitReport(request.reward_version, folder, loss, accuracy, seconds)
 
     def _train_epochs(self, engine: TrainingEngine, request: RefitRequest, training: RewardTraining) -> float:
         """Mean loss of the last epoch's pairs, each taken when it was trained on."""
@@ -201,6 +203,6 @@ class RewardRefitter:
         return total
 
     def _heldout_accuracy(self, engine: TrainingEngine) -> float:
-        rows, pool = np.arange(len(self._heldout)), self._config.pools.reward
+        rows, pool = np.arange(len(self._heldout)), self.config.pools.reward
         with torch.no_grad():
             return pair_accuracy(row_scores(engine.forward, self._heldout, rows, pool.batch_size, pool.batch_tokens))

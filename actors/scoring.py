@@ -33,7 +33,7 @@ class ScoringActor:
         self._sft_path = sft_path
         self._anchor: Any = None
         self._staged: tuple[str, Any] | None = None
-        self._snapshot: tuple[int, Any] | None = None
+        self._snapshots: dict[int, Any] = {}
         self._committed: str | None = None
         self._reader = WeightReader()
 
@@ -57,8 +57,8 @@ class ScoringActor:
 
     def load_snapshot(self, weights: PolicyWeights) -> None:
         """Hold the snapshot, so that its file may go; it takes the place of an earlier one."""
-        self._snapshot = None
-        self._snapshot = (weights.version, self._copy_of(weights))
+        self._snapshots.clear()
+        self._snapshots[weights.version] = self._copy_of(weights)
 
     def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
         """Summed log-probs [N, 2] of (chosen, rejected) of training pairs ``indices`` [N].
@@ -68,18 +68,16 @@ class ScoringActor:
         if weights is None:
             network, temperature = self._behaviour, self._config.pairs.temperature
         else:
-            if self._snapshot is None or self._snapshot[0] != weights.version:
+            if weights.version not in self._snapshots:
                 self.load_snapshot(weights)
-            assert self._snapshot is not None
-            network, temperature = self._snapshot[1], self._config.rollout.temperature
+            network, temperature = self._snapshots[weights.version], self._config.rollout.temperature
         sums = row_sums(network, self._pairs, pair_rows(indices), temperature, self._config.pools.scoring)
         return np.ascontiguousarray(sums.view(2, -1).T.numpy())
 
     def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
         """Load a snapshot beside the live anchor; one that is held already is shared, not copied."""
-        held = self._snapshot is not None and self._snapshot[0] == weights.version
-        network = self._snapshot[1] if held and self._snapshot else self._copy_of(weights)
-        self._staged = (promotion_id, network)
+        held = self._snapshots.get(weights.version)
+        self._staged = (promotion_id, self._copy_of(weights) if held is None else held)
 
     def commit(self, promotion_id: str, anchor_version: int) -> None:
         """The staged anchor, if there is one of this promotion, is live. Again: no effect."""
@@ -87,11 +85,13 @@ class ScoringActor:
             return
         if self._staged is not None and self._staged[0] == promotion_id:
             self._anchor = self._staged[1]
-        self._committed, self._staged, self._snapshot = promotion_id, None, None
+        self._committed, self._staged = promotion_id, None
+        self._snapshots.clear()
 
     def close(self) -> None:
         """Free the networks."""
-        self._sft = self._anchor = self._staged = self._snapshot = None
+        self._sft = self._anchor = self._staged = None
+        self._snapshots.clear()
 
     def _network(self, slot: str) -> Any:
         """A score of a staged anchor may still be asked for when that anchor has just become the live one."""

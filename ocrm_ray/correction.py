@@ -74,7 +74,7 @@ class Corrector:
         promotion_id = f"snapshot-{snapshot.version}"
         indices = self._draw_pairs(snapshot.version)
         weights, ess_fraction = await self._weights(snapshot, indices)
-        refit = await self._refit(promotion_id, indices, weights, snapshot.version)
+        refit = await self._refit(indices, weights, snapshot.version)
         versions = await self._stage(promotion_id, snapshot, refit)
         seconds = time.monotonic() - started
         return Candidate(promotion_id, snapshot.version, num_finished, versions, seconds, ess_fraction)
@@ -119,13 +119,10 @@ class Corrector:
         self.emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **statistics)
         return weights.weights.float().numpy(), statistics["ess_fraction"]
 
-    async def _refit(
-        self, promotion_id: str, indices: IntArray, weights: FloatArray | None, snapshot_version: int
-    ) -> RefitReport | None:
+    async def _refit(self, indices: IntArray, weights: FloatArray | None, snapshot_version: int) -> RefitReport | None:
         if not self.strategy.refits:
             return None
         request = RefitRequest(
-            promotion_id=promotion_id,
             reward_version=self.scorer.live.reward_version + 1,
             indices=indices,
             weights=weights,

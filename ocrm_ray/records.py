@@ -156,7 +156,6 @@ class PublishReport:
 class RefitRequest:
     """Refit the RM on training pairs ``indices`` [N] with ``weights`` [N] (None: uniform) to ``reward_version``."""
 
-    promotion_id: str
     reward_version: int
     indices: IntArray
     weights: FloatArray | None
@@ -167,7 +166,6 @@ class RefitRequest:
 class RefitReport:
     """A finished refit: its model folder, mean loss, accuracy on the held-out pairs."""
 
-    promotion_id: str
     reward_version: int
     path: Path
     loss: float

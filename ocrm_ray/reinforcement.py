@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ocrm_ray.cluster import Cluster, Show
 from ocrm_ray.config import RunConfig
@@ -24,35 +26,21 @@ class ShownRunLog(RunLog):
         self, run_dir: Path, num_updates: int, show: Show, clock: Callable[[], float] = time.monotonic
     ) -> None:
         super().__init__(run_dir, clock)
-        self._num_updates = num_updates
+        self._state = ProgressState(stage="rl", total=num_updates, unit="updates")
         self._show = show
-        self._step = 0
-        self._reward_mean: float | None = None
-        self._latest: EvaluationReport | None = None
 
     def step(self, record: StepRecord) -> None:
         super().step(record)
-        self._step, self._reward_mean = record.step, record.reward_mean
-        self._refresh()
+        is_evaluated = self._state.kl is not None
+        self._tell(done=record.step, proxy=self._state.proxy if is_evaluated else record.reward_mean)
 
     def evaluation(self, report: EvaluationReport) -> None:
         super().evaluation(report)
-        self._latest = report
-        self._refresh()
+        self._tell(proxy=report.proxy_mean, gold=report.gold_mean, kl=report.kl_sft)
 
-    def _refresh(self) -> None:
-        latest = self._latest
-        self._show(
-            ProgressState(
-                stage="rl",
-                done=self._step,
-                total=self._num_updates,
-                unit="updates",
-                proxy=latest.proxy_mean if latest else self._reward_mean,
-                gold=latest.gold_mean if latest else None,
-                kl=latest.kl_sft if latest else None,
-            )
-        )
+    def _tell(self, **known: Any) -> None:
+        self._state = replace(self._state, **known)
+        self._show(self._state)
 
 
 async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dict[str, object]:

@@ -153,4 +153,4 @@ class DummyRefitter:
 
     def refit(self, request):
         time.sleep(0.5)
-        return RefitReport(request.promotion_id, request.reward_version, Path(), 0.0, 1.0, 0.5)
+        return RefitReport(request.reward_version, Path(), 0.0, 1.0, 0.5)

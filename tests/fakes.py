@@ -191,7 +191,7 @@ class FakeReward:
         self.num_refitting -= 1
         if self.fail_refit:
             raise RuntimeError("refit diverged")
-        return RefitReport(request.promotion_id, request.reward_version, Path("/nowhere"), 0.5, 0.7, seconds)
+        return RefitReport(request.reward_version, Path("/nowhere"), 0.5, 0.7, seconds)
 
     async def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
         self.staged[promotion_id] = refit.reward_version

@@ -355,7 +355,7 @@ def test_rewards_come_back_in_order_as_float32(runner, reward, num_sequences):
 
 def test_serving_goes_on_while_a_refit_runs(runner, reward):
     async def refit_and_score():
-        refit = asyncio.create_task(reward.refit(RefitRequest("p", 2, np.arange(3), None, seed=0)))
+        refit = asyncio.create_task(reward.refit(RefitRequest(2, np.arange(3), None, seed=0)))
         scores = await reward.score(respond(4))
         return scores.tolist(), refit.done(), (await refit).reward_version
 
@@ -363,7 +363,7 @@ def test_serving_goes_on_while_a_refit_runs(runner, reward):
 
 
 def test_staging_returns_the_servers_calibration(runner, reward):
-    refit = RefitReport("p", 3, Path(), 0.0, 1.0, 0.5)
+    refit = RefitReport(3, Path(), 0.0, 1.0, 0.5)
     assert runner.run(reward.stage("p", refit)).mean == 3.0
 
 

@@ -23,7 +23,6 @@ from tiny_models import (
 from actors.policy import PolicyActor
 from actors.training_engine import EngineSettings, TrainingEngine
 from ocrm_ray import batches, networks
-from ocrm_ray.batches import PaddedBatch
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import CausalModel, load_causal_lm, response_logprobs
 from ocrm_ray.records import RefitReport, Sequence
@@ -161,7 +160,7 @@ def test_exported_file_reproduces_the_trainers_logprobs_and_names_the_head(tmp_p
     batch = pad_batch(SEQUENCES, EOS)
     rows = response_logprobs(CausalModel(model), batch, 1.0).detach()
     for row, expected in zip(rows.numpy(), actor.logprobs(SEQUENCES), strict=True):
-        np.testing.assert_allclose(row[: len(expected)], expected, atol=1e-6)
+        np.testing.assert_allclose(row[: len(expected)], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
@@ -290,7 +289,7 @@ def test_critic_learns_the_returns_of_the_same_rollouts(tmp_path):
 
 def test_promoted_critic_is_that_of_an_actor_which_started_from_the_new_reward_model(tmp_path):
     other = save_reward_model(tmp_path / "other", seed=9)
-    refit = RefitReport("snapshot-3", 1, other, 0.0, 0.0, 0.0)
+    refit = RefitReport(1, other, 0.0, 0.0, 0.0)
     actor = ppo_actor(tmp_path / "a", critic_on_promote="reinit")
     for _ in range(3):
         actor.update(rollouts_of(actor))
@@ -307,15 +306,14 @@ def test_promoted_critic_is_that_of_an_actor_which_started_from_the_new_reward_m
 def test_critic_is_kept_where_the_configuration_says_so(tmp_path):
     actor = ppo_actor(tmp_path, critic_on_promote="keep")
     losses = [actor.update(rollouts_of(actor)).value_loss for _ in range(6)]
-    actor.stage("s", RefitReport("s", 1, tmp_path / "nowhere", 0.0, 0.0, 0.0))
+    actor.stage("s", RefitReport(1, tmp_path / "nowhere", 0.0, 0.0, 0.0))
     actor.commit("s", 1, 0)
     assert actor.update(rollouts_of(actor, versions=(1, 0))).value_loss < losses[-1]
 
 
 def token_batch(tokens):
-    """Rows of equal length whose first token is the prompt."""
-    ones = torch.ones(len(tokens), dtype=torch.long)
-    return PaddedBatch(tokens, ones, (tokens.shape[1] - 1) * ones)
+    """[B, L] tokens as sequences with a prompt of one."""
+    return pad_batch([Sequence((row[0],), tuple(row[1:]), has_eos=False) for row in tokens.tolist()], EOS)
 
 
 def engine_weights(settings, num_parts, steps=3, **sizes):

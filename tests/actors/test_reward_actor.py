@@ -35,7 +35,7 @@ def make_refitter(tmp_path, train, heldout=None, correction=None, training=TRAIN
 
 def request(num_pairs, weights=None, version=1, seed=0):
     weights = None if weights is None else np.asarray(weights, dtype=np.float32)
-    return RefitRequest(f"snapshot-{version}", version, np.arange(num_pairs), weights, seed)
+    return RefitRequest(version, np.arange(num_pairs), weights, seed)
 
 
 def scores_of(folder, pairs):
@@ -96,7 +96,7 @@ def test_refit_starts_where_the_configuration_says(tmp_path):
     scores = {}
     for rm_init in ("base", "sft", "previous"):
         refitter = make_refitter(tmp_path / rm_init, train, correction={"rm_init": rm_init}, training=still)
-        refitter._reward_path = save_reward_model(tmp_path / rm_init / "live", seed=8)
+        refitter.reward_path = save_reward_model(tmp_path / rm_init / "live", seed=8)
         report = refitter.refit(request(70))
         scores[rm_init] = scores_of(report.path, train)[0]
     expected = {"base": "base/base", "previous": "previous/live", "sft": "sft/sft"}
@@ -140,7 +140,7 @@ def calibration_set(num_sequences=33):
 
 
 def staged(server, tmp_path, seed=8):
-    refit = RefitReport("snapshot-5", 1, save_reward_model(tmp_path / "next", seed=seed), 0.0, 0.0, 0.0)
+    refit = RefitReport(1, save_reward_model(tmp_path / "next", seed=seed), 0.0, 0.0, 0.0)
     return server.stage("snapshot-5", refit)
 
 
@@ -186,7 +186,7 @@ def test_commit_again_leaves_a_later_candidate_staged(server, tmp_path):
     staged(server, tmp_path)
     server.commit("snapshot-5", 1)
     live = server.score(sequences)
-    server.stage("snapshot-9", RefitReport("snapshot-9", 2, save_reward_model(tmp_path / "n", seed=9), 0.0, 0.0, 0.0))
+    server.stage("snapshot-9", RefitReport(2, save_reward_model(tmp_path / "n", seed=9), 0.0, 0.0, 0.0))
     server.commit("snapshot-5", 1)
     np.testing.assert_array_equal(server.score(sequences), live)
     with pytest.raises(AssertionError, match="no reward model in slot"):
