@@ -98,15 +98,9 @@ class ProgressDisplay:
         state, task, now_s = self._state, self._bars.tasks[-1], self._clock()
         speed = task.speed and f"{task.speed:.3g} {state.unit}/s"
         left = task.time_remaining and f"{duration_text(task.time_remaining)} left"
-        parts = (
-            f"[{timedelta(seconds=int(now_s - self._start_s))}]",
-            state.title,
-            state.count,
-            speed,
-            left,
-            state.figures,
-        )
-        self._console.print(*filter(None, parts), sep="  ", markup=False, highlight=False, soft_wrap=True)
+        since_start = f"[{timedelta(seconds=int(now_s - self._start_s))}]"
+        parts = filter(None, (since_start, state.title, state.count, speed, left, state.figures))
+        self._console.print(*parts, sep="  ", markup=False, highlight=False, soft_wrap=True)
         self._shown, self._shown_s = state, now_s
 
 
