@@ -19,15 +19,12 @@ class ProgressState:
 
     stage: str
     done: int = 0
-    total: int | None = None
-    """None for a stage that does not count."""
+    total: int | None = None  # None for a stage that does not count
     unit: str = ""
-    arm: str | None = None
-    """Arm and seed, in a study."""
+    arm: str | None = None  # arm and seed, in a study
     proxy: float | None = None
     gold: float | None = None
-    kl: float | None = None
-    """From the SFT model, nats a response."""
+    kl: float | None = None  # from the SFT model, nats a response
 
     @property
     def title(self) -> str:
@@ -99,13 +96,11 @@ class ProgressDisplay:
         if not self._bars.disable or self._state == self._shown:
             return
         state, task, now_s = self._state, self._bars.tasks[-1], self._clock()
-        parts = [f"[{timedelta(seconds=int(now_s - self._start_s))}]", state.title, state.count]
-        if task.speed:
-            parts.append(f"{task.speed:.3g} {state.unit}/s")
-        if task.time_remaining:
-            parts.append(f"{duration_text(task.time_remaining)} left")
-        line = "  ".join(part for part in (*parts, state.figures) if part)
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        speed = task.speed and f"{task.speed:.3g} {state.unit}/s"
+        left = task.time_remaining and f"{duration_text(task.time_remaining)} left"
+        since_start = f"[{timedelta(seconds=int(now_s - self._start_s))}]"
+        parts = filter(None, (since_start, state.title, state.count, speed, left, state.figures))
+        self._console.print(*parts, sep="  ", markup=False, highlight=False, soft_wrap=True)
         self._shown, self._shown_s = state, now_s
 
 
