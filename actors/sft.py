@@ -1,5 +1,6 @@
 """Supervised fine-tuning: a causal language model on the reference responses of prompts."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,31 +15,31 @@ from ocrm_ray.records import IntArray
 from ocrm_ray.reward_learning import epoch_batches
 
 
+@dataclass(eq=False)
 class SftActor:
     """Trains one model; ``progress`` may be asked from another thread meanwhile."""
 
-    def __init__(self, config: RunConfig, base_path: str, prompts_path: Path, folder: Path) -> None:
-        """``prompts_path``: the training prompts with their references; ``folder``: where the model is written."""
-        self._config = config
-        self._base_path = base_path
-        self._prompts_path = prompts_path
-        self._folder = folder
-        self._num_done = 0
-        self._num_steps = 0
+    config: RunConfig
+    base_path: str
+    prompts_path: Path
+    """The training prompts with their references."""
+    folder: Path
+    """Where the model is written."""
+    _progress: tuple[int, int] = (0, 0)
 
     def start(self) -> None:
         """Load the base model and build its engine."""
-        pool, trust = self._config.pools.policy, self._config.trust_remote_code
-        start_process(pool.threads_per_actor, self._config.seed)
-        self._tokenizer = load_tokenizer(self._base_path, trust_remote_code=trust)
+        pool, trust = self.config.pools.policy, self.config.trust_remote_code
+        start_process(pool.threads_per_actor, self.config.seed)
+        self._tokenizer = load_tokenizer(self.base_path, trust_remote_code=trust)
         settings = EngineSettings(
-            learning_rate=self._config.sft.learning_rate,
-            max_grad_norm=self._config.policy.max_grad_norm,
-            zero_stage=self._config.policy.zero_stage,
+            learning_rate=self.config.sft.learning_rate,
+            max_grad_norm=self.config.policy.max_grad_norm,
+            zero_stage=self.config.policy.zero_stage,
             dtype=pool.dtype,
-            checkpointing=self._config.policy.gradient_checkpointing,
+            checkpointing=self.config.policy.gradient_checkpointing,
         )
-        model = load_causal_lm(self._base_path, dtype=pool.dtype, trust_remote_code=trust)
+        model = load_causal_lm(self.base_path, dtype=pool.dtype, trust_remote_code=trust)
         self._engine = TrainingEngine(model, settings)
 
     def train(self) -> float:
@@ -47,39 +48,39 @@ class SftActor:
         The loss counts response tokens and EOS, up to ``rollout.max_new_tokens``: what comes later the policy can
         never say. ValueError: no prompt has a reference.
         """
-        sft, table = self._config.sft, self._read_references()
-        batches = epoch_batches(len(table), sft.batch_size, sft.num_epochs, self._config.seed)
-        self._num_done, self._num_steps = 0, len(batches)
+        sft, table = self.config.sft, self._read_references()
+        batches = epoch_batches(len(table), sft.batch_size, sft.num_epochs, self.config.seed)
+        self._progress = 0, len(batches)
         losses = []
         for step, rows in enumerate(batches):
             losses.append(self._accumulate(table, rows) * int(table.response_lengths[rows].sum()))
             self._engine.step(1 - step / len(batches))
-            self._num_done = step + 1
-        self._engine.save(self._tokenizer, self._folder)
+            self._progress = step + 1, len(batches)
+        self._engine.save(self._tokenizer, self.folder)
         return sum(losses[-(len(batches) // sft.num_epochs) :]) / int(table.response_lengths.sum())
 
     def progress(self) -> tuple[int, int]:
         """Optimiser steps (done, in all); (0, 0) before training begins."""
-        return self._num_done, self._num_steps
+        return self._progress
 
     def close(self) -> None:
         """Free the engine."""
         self._engine.close()
 
     def _read_references(self) -> SequenceTable:
-        limit = self._config.rollout.max_new_tokens
+        limit = self.config.rollout.max_new_tokens
         sequences = [
             encode_response(self._tokenizer, prompt.token_ids, prompt.reference, limit)
-            for prompt in read_prompts(self._prompts_path)
+            for prompt in read_prompts(self.prompts_path)
             if prompt.reference is not None
         ]
         if not sequences:
-            raise ValueError(f"{self._prompts_path}: no prompt has a reference response to fine-tune on")
-        return SequenceTable(sequences, self._tokenizer.pad_token_id, self._config.share_prompts)
+            raise ValueError(f"{self.prompts_path}: no prompt has a reference response to fine-tune on")
+        return SequenceTable(sequences, self._tokenizer.pad_token_id, self.config.share_prompts)
 
     def _accumulate(self, table: SequenceTable, rows: IntArray) -> float:
         """Accumulate the gradient of one optimiser batch; returns its mean loss a token."""
-        sft, num_tokens = self._config.sft, int(table.response_lengths[rows].sum())
+        sft, num_tokens = self.config.sft, int(table.response_lengths[rows].sum())
         chunks = table.chunks(np.asarray(rows), sft.micro_batch_size, sft.micro_batch_tokens)
         total = 0.0
         for number, chunk in enumerate(chunks, start=1):

@@ -14,8 +14,8 @@ Show = Callable[[ProgressState], None]
 class Cluster(Protocol):
     """Starts actors as they are needed; ``close`` ends all that is left."""
 
-    async def train_sft(self, show: Show) -> None:
-        """Fine-tune the base model on the training prompts' references, into the SFT stage's folder."""
+    async def train_sft(self, show: Show) -> dict[str, object]:
+        """Fine-tune the base model on the training prompts' references, into the SFT stage's folder; its figures."""
 
     async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
         """Sample from the SFT model."""

@@ -15,7 +15,7 @@ from statistics import fmean
 
 from ocrm_ray import praise
 from ocrm_ray.config import Dtype, Pool, RunConfig
-from ocrm_ray.machine import DTYPE_BYTES, NetworkSizes, pools_by_name
+from ocrm_ray.machine import DTYPE_BYTES, NetworkSizes
 from ocrm_ray.progress import duration_text
 from ocrm_ray.run_files import correction_windows, read_run
 
@@ -115,9 +115,7 @@ def predicted_cost(config: RunConfig, sizes: NetworkSizes) -> StepCost:
         "policy": (forward + critic) * (1 + 3 * policy.num_epochs),
     }
     batches = -(-num_samples // (pools.generation.max_running * pools.generation.num_actors))
-    seconds = {
-        name: REQUEST_S + work[name] / _speed(pool) for name, pool in pools_by_name(config).items() if name in work
-    }
+    seconds = {name: REQUEST_S + work[name] / _speed(pool) for name, pool in config.pools if name in work}
     stages = {
         "generate": seconds["generation"] + batches * rollout.max_new_tokens * DECODE_S,
         "score": max(seconds["scoring"], seconds["reward"]),
@@ -144,7 +142,7 @@ def _speed(pool: Pool) -> float:
 
 def _cores_s(config: RunConfig, work: Mapping[str, float]) -> float:
     """Seconds that this machine's cores need for the work of all CPU pools together."""
-    on_cpu = {name: pool for name, pool in pools_by_name(config).items() if name in work and not pool.gpus_per_actor}
+    on_cpu = {name: pool for name, pool in config.pools if name in work and not pool.gpus_per_actor}
     core_s = sum(work[name] / (UTILISATION * CPU_OPERATIONS_PER_S[pool.dtype]) for name, pool in on_cpu.items())
     return core_s / (os.cpu_count() or 1)
 

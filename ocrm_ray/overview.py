@@ -6,7 +6,7 @@ from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import dump_yaml, study_runs
 from ocrm_ray.cost import cost_lines, step_cost
 from ocrm_ray.inspection import network_sizes
-from ocrm_ray.machine import NetworkSizes, memory_gib, pools_by_name
+from ocrm_ray.machine import NetworkSizes, memory_gib
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +45,7 @@ def _pool_table(config: RunConfig, sizes: NetworkSizes | None) -> "Table":
     for column in ("pool", "actors", "CPUs", "GPUs", "dtype", "memory"):
         table.add_column(column, justify="right" if column in ("actors", "CPUs", "GPUs", "memory") else "left")
     memory = {} if sizes is None else memory_gib(config, sizes)
-    for name, pool in pools_by_name(config).items():
+    for name, pool in config.pools:
         cpus, gpus = pool.num_actors * pool.cpus_per_actor, pool.num_actors * pool.gpus_per_actor
         taken = f"{memory[name]:.1f} GiB" if memory else "?"
         table.add_row(name, str(pool.num_actors), f"{cpus:g}", f"{gpus:g}", pool.dtype, taken)
