@@ -16,10 +16,9 @@ from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoring
 from actors.placement import plan_bundles
 from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec
-from ocrm_ray.cluster import Show
 from ocrm_ray.config import RunConfig
 from ocrm_ray.networks import context_length
-from ocrm_ray.pools import Pools
+from ocrm_ray.pools import Pools, Show
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.prompts import read_prompts
 from ocrm_ray.records import FloatArray, GenerationRequest, RefitReport, Sample

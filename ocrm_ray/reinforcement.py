@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ocrm_ray.cluster import Cluster, Show
 from ocrm_ray.config import RunConfig
 from ocrm_ray.config_file import dump_yaml
 from ocrm_ray.coordinator import Coordinator, TrainingData
 from ocrm_ray.correction import PairData
 from ocrm_ray.metrics import RunLog, StepRecord, summarise
+from ocrm_ray.pools import Cluster, Show
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.records import EvaluationReport

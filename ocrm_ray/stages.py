@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ocrm_ray.cluster import Cluster, Show
 from ocrm_ray.config import DataFile, RunConfig
 from ocrm_ray.data_files import read_rows
 from ocrm_ray.networks import load_tokenizer
 from ocrm_ray.pair_sampling import sample_pairs
+from ocrm_ray.pools import Cluster, Show
 from ocrm_ray.praise import write_world
 from ocrm_ray.preferences import load_pairs, split_pairs, write_pairs
 from ocrm_ray.progress import ProgressState
