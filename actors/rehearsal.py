@@ -17,12 +17,11 @@ from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec, call_all
 from actors.session import ray_session
 from actors.timed import NUM_PAIRS
-from ocrm_ray.cluster import Show
 from ocrm_ray.config import RunConfig
 from ocrm_ray.coordinator import Coordinator, TrainingData
 from ocrm_ray.correction import PairData
 from ocrm_ray.cost import prompt_tokens
-from ocrm_ray.pools import Pools
+from ocrm_ray.pools import Pools, Show
 from ocrm_ray.progress import ProgressDisplay
 from ocrm_ray.records import Prompt, Sequence
 from ocrm_ray.rehearsal import Booked, Figures, figure_lines, figures

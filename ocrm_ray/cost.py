@@ -92,7 +92,7 @@ def measured_cost(config: RunConfig) -> StepCost | None:
     refitted = [window for window in correction_windows(run) if window.refitted_s is not None]
     # a refit without importance weights is never scored
     times = [(w.started_s, w.scored_s or w.started_s, w.refitted_s) for w in refitted]
-    ratio_s, refit_s = (None, None) if not times else np.diff(times).mean(axis=0).tolist()
+    ratio_s, refit_s = (None, None) if not times else np.diff(np.array(times, dtype=float)).mean(axis=0).tolist()
     source = f"measured over {len(steps)} steps in {config.run_dir}"
     return StepCost(source, stages, fmean(row["step_s"] for row in steps), ratio_s, refit_s)
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from model_files import NUM_PARAMETERS, write_model, write_reward_model, write_weights
 
-from ocrm_ray import machine
 from ocrm_ray.checks import contradictions, inspect, study_problems
 from ocrm_ray.config import RunConfig
 from ocrm_ray.config_file import dump_yaml, load_run_config, load_study_config
@@ -36,7 +36,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=32 * GIB))
-    monkeypatch.setattr(machine, "num_gpus", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     write_model(tmp_path / "model")
     write_reward_model(tmp_path / "rm", hidden_size=32)
     rows = [json.dumps({"prompt": f"p{number}", "output": "x"}) for number in range(6)]
