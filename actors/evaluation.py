@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ocrm_ray.config import RunConfig
@@ -12,28 +12,26 @@ from ocrm_ray.networks import load_tokenizer
 from ocrm_ray.records import EvaluationReport, Prompt
 
 
+@dataclass(eq=False)
 class EvaluationActor:
-    """Scores responses with gold, to label pairs (``gold``) and to measure the policy (``evaluate``)."""
+    """Scores responses with gold, to label pairs (``gold``) and to measure the policy (``evaluate``).
 
-    def __init__(
-        self, config: RunConfig, tokenizer_path: str, prompts: Seq[Prompt], sft_gold: Seq[float] | None = None
-    ) -> None:
-        """``prompts``: those that every ``evaluate`` measures, in order; none are needed for labelling.
+    ``prompts``: those that every ``evaluate`` measures, in order; none are needed for labelling. ``sft_gold``: gold of
+    the first evaluation's responses, where a resumed run knows it already.
+    """
 
-        ``sft_gold``: gold of the first evaluation's responses, where a resumed run knows it already.
-        """
-        self._config = config
-        self._tokenizer_path = tokenizer_path
-        self._measured = (prompts, sft_gold)
+    config: RunConfig
+    tokenizer_path: str
+    prompts: Seq[Prompt]
+    sft_gold: Seq[float] | None = None
 
     def start(self) -> None:
         """Load gold and the tokenizer. Raises UserError if gold cannot be loaded."""
-        config, trust = self._config, self._config.trust_remote_code
-        tokenizer = load_tokenizer(self._tokenizer_path, trust_remote_code=trust)
+        config, trust = self.config, self.config.trust_remote_code
+        tokenizer = load_tokenizer(self.tokenizer_path, trust_remote_code=trust)
         self._gold = load_gold(config.gold, config.world, trust_remote_code=trust)
-        prompts, sft_gold = self._measured
         num_saved = config.evaluation.num_samples_saved
-        self._evaluator = HeldoutEvaluator(prompts, tokenizer, self._gold, num_saved, sft_gold)
+        self._evaluator = HeldoutEvaluator(self.prompts, tokenizer, self._gold, num_saved, self.sft_gold)
 
     def evaluate(self, *measured: Any) -> tuple[EvaluationReport, list[SampleRow]]:
         """As ``HeldoutEvaluator.evaluate``, with the seconds that it took."""
