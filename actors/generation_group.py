@@ -10,7 +10,7 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray.util.placement_group import PlacementGroup
 
@@ -91,14 +91,9 @@ class RayGenerationPool(RayPool):
         reports: list[PublishReport] = await call_all(
             self.actors, "load_weights", weights, deadline_s=self.deadlines.publish_s
         )
-        return PublishReport(
-            version=weights.version,
-            num_bytes=weights.num_bytes,
-            seconds=time.monotonic() - started,
-            pause_s=max(report.pause_s for report in reports),
-            transfer_s=max(report.transfer_s for report in reports),
-            repack_s=max(report.repack_s for report in reports),
-        )
+        parts = ("pause_s", "transfer_s", "repack_s")
+        longest = {part: max(getattr(report, part) for report in reports) for part in parts}
+        return replace(reports[0], seconds=time.monotonic() - started, **longest)
 
     async def score(self, sequences: Seq[Sequence]) -> list[FloatArray]:
         """By every engine, one engine's answers after another's: any of them may have missed a publish."""

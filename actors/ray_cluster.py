@@ -13,8 +13,7 @@ import ray
 from actors.generation import engine_environment
 from actors.generation_group import RayGenerationPool
 from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
-from actors.placement import plan_bundles
-from actors.ray_pool import RayPool
+from actors.ray_pool import RayPool, plan_bundles
 from actors.remote_actor import ActorSpec
 from ocrm_ray.config import RunConfig
 from ocrm_ray.networks import context_length

@@ -20,14 +20,12 @@ from ocrm_ray.algorithm.schedule import CorrectionClock
 from ocrm_ray.config import RunConfig
 from ocrm_ray.correction import Candidate, Corrector, PairData
 from ocrm_ray.heldout import HeldoutPolicy
-from ocrm_ray.metered import metered
 from ocrm_ray.metrics import RunLog
 from ocrm_ray.pools import Pools
 from ocrm_ray.records import PolicyWeights, Prompt, Rollout, Sample, Sequence, UpdateReport
-from ocrm_ray.rollout_buffer import RolloutBuffer
 from ocrm_ray.rollout_pump import RolloutPump
-from ocrm_ray.rollout_scoring import RolloutScorer
-from ocrm_ray.step_metrics import TRAIN, StepClock, step_record
+from ocrm_ray.rollout_scoring import RolloutScorer, ScoreVersions
+from ocrm_ray.step_metrics import TRAIN, StepClock, metered, step_record
 from ocrm_ray.weight_publisher import Exported, WeightPublisher
 
 
@@ -53,17 +51,14 @@ class Coordinator:
         self.step_clock = StepClock(clock, meters)
         rule = self.settings.every, self.settings.promote_after, self.settings.max_lag
         self.correction_clock = CorrectionClock(*rule)
-        self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, reward_version=0, anchor_version=0)
+        self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, ScoreVersions(0, 0))
         self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts)
+        self.buffer = self.pump.buffer
         self.corrector = Corrector(config, self.pools, self.scorer, self.buffer, data.pairs, log.event)
         self.publishing: asyncio.Task[None] | None = None
         self.publisher = WeightPublisher(self.pools.generation, self.pools.policy, config.probe, log.event)
         self.heldout = HeldoutPolicy(config, self.pools, data.heldout, log, self.publisher.release)
         self.correction: asyncio.Task[Candidate] | None = None
-
-    @property
-    def buffer(self) -> RolloutBuffer:
-        return self.pump.buffer
 
     async def run(self) -> None:
         """All updates. Raises the first failing task's own error."""

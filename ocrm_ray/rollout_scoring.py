@@ -29,6 +29,7 @@ class ScoreVersions:
         return {reward: self.reward_slot, anchor: self.anchor_slot, (SFT, 0): SFT}
 
 
+@dataclass(eq=False)
 class RolloutScorer:
     """Scores rollouts, so that a promotion finds the queue scored already and stalls nobody.
 
@@ -37,11 +38,12 @@ class RolloutScorer:
     and kept until the rollout is trained on, so that a candidate costs only what it changes.
     """
 
-    def __init__(self, scoring: ScoringPool, reward: RewardPool, reward_version: int, anchor_version: int) -> None:
-        self.live = ScoreVersions(reward_version, anchor_version)
-        self.num_rescored_late = 0
-        self._scoring = scoring
-        self._reward = reward
+    scoring: ScoringPool
+    reward: RewardPool
+    live: ScoreVersions
+    num_rescored_late: int = 0
+
+    def __post_init__(self) -> None:
         self._staged: ScoreVersions | None = None
         self._known: dict[str, dict[Part, list[Any]]] = {}
         self._in_flight: set[asyncio.Future[None]] = set()
@@ -108,9 +110,9 @@ class RolloutScorer:
         sequences = [sequence for rollout in rollouts.values() for sequence in rollout.sequences]
         answers: list[Any]
         if next(iter(slots))[0] == REWARD:
-            answers = [await self._reward.score(sequences, *slots.values())]
+            answers = [await self.reward.score(sequences, *slots.values())]
         else:
-            answers = await self._scoring.score(sequences, tuple(slots.values()))
+            answers = await self.scoring.score(sequences, tuple(slots.values()))
         for part, answer in zip(slots, answers, strict=True):
             values = iter(answer)
             for key, rollout in rollouts.items():

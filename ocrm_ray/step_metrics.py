@@ -1,21 +1,59 @@
-"""From what happened in a step to its line in metrics.jsonl."""
+"""What is measured while a step runs, and its line in metrics.jsonl."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
-from ocrm_ray.metered import PUBLISHING, ROLLOUT_SCORING
 from ocrm_ray.metrics import POOLS, STAGES, BusyMeter, StepRecord
+from ocrm_ray.pools import GenerationPool, PolicyPool, Pools, RewardPool, ScoringPool
 from ocrm_ray.records import Rollout, UpdateReport
 from ocrm_ray.rollout_scoring import ScoreVersions
 
 TRAIN = "train"
+ROLLOUT_SCORING = "rollout_scoring"
+"""Meter of the scores of rollouts alone: the scoring and reward pools also work for corrections."""
+PUBLISHING = "publishing"
+"""Meter of engines taking new weights, which goes on beside everything else."""
 METERED = {"generate": "generation", "score": ROLLOUT_SCORING, "publish": PUBLISHING}
 """Stages whose seconds are those with a request in flight."""
 WAITS = ("rollout_wait_s", "correction_wait_s", "publish_wait_s")
 _OF_UPDATE = ("loss", "kl_sft", "kl_anchor", "entropy", "clip_share", "grad_norm", "logprob_gap")
+
+
+class _Metered:
+    """Any pool; every method is awaited under ``meter``, or under the meters that ``by_method`` names for it."""
+
+    def __init__(self, pool: object, meter: BusyMeter, **by_method: tuple[BusyMeter, ...]) -> None:
+        self._pool = pool
+        self._meter = meter
+        self._by_method = by_method
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._pool, name)
+
+        async def metered(*args: object) -> object:
+            async with AsyncExitStack() as requests:
+                for meter in self._by_method.get(name, (self._meter,)):
+                    await requests.enter_async_context(meter.request())
+                return await method(*args)
+
+        return metered
+
+
+def metered(pools: Pools, clock: Callable[[], float]) -> tuple[Pools, dict[str, BusyMeter]]:
+    """The pools of a run, each behind its meter, and the meters."""
+    meters = {name: BusyMeter(clock) for name in (*POOLS, ROLLOUT_SCORING, PUBLISHING)}
+    generation, policy, scoring, reward, scores, publishes = meters.values()
+    behind = Pools(
+        cast(GenerationPool, _Metered(pools.generation, generation, load_weights=(publishes,))),
+        cast(PolicyPool, _Metered(pools.policy, policy, send_weights=(publishes,))),
+        cast(ScoringPool, _Metered(pools.scoring, scoring, score=(scoring, scores))),
+        cast(RewardPool, _Metered(pools.reward, reward, score=(reward, scores))),
+        pools.evaluator,
+    )
+    return behind, meters
 
 
 class StepClock:

@@ -1,6 +1,6 @@
 import pytest
 
-from actors.placement import describe_shortage, plan_bundles
+from actors.ray_pool import describe_shortage, plan_bundles
 from ocrm_ray.config import GenerationPool, Pool, Pools
 
 CPU = {"CPU": 0.1}
