@@ -18,7 +18,6 @@ from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec
 from ocrm_ray.cluster import Show
 from ocrm_ray.config import RunConfig
-from ocrm_ray.machine import pools_by_name
 from ocrm_ray.networks import context_length
 from ocrm_ray.pools import Pools
 from ocrm_ray.progress import ProgressState
@@ -183,9 +182,9 @@ class RayCluster:
         return [replace(spec, concurrency=2) for spec in specs]
 
     def _spec(self, role: str, path: str, pool: str, *arguments: Any) -> ActorSpec:
-        threads = pools_by_name(self.config)[pool].threads_per_actor
+        threads = getattr(self.config.pools, pool).threads_per_actor
         return ActorSpec(role, path, (self.config, *arguments), threads)
 
     def _shares_cores(self, pool: str) -> bool:
         """Whether a correction's work would take cores from rollouts and training."""
-        return pools_by_name(self.config)[pool].gpus_per_actor == 0 and sys.platform == "linux"
+        return getattr(self.config.pools, pool).gpus_per_actor == 0 and sys.platform == "linux"

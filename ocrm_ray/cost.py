@@ -91,8 +91,8 @@ def measured_cost(config: RunConfig) -> StepCost | None:
     stages = {stage: fmean(row["stage_s"].get(stage) or 0.0 for row in steps) for stage in steps[0]["stage_s"]}
     refitted = [window for window in correction_windows(run) if window.refitted_s is not None]
     # a refit without importance weights is never scored
-    times = [(w.started_s, w.scored_s or w.started_s, w.refitted_s) for w in refitted]
-    ratio_s, refit_s = (None, None) if not times else np.diff(times).mean(axis=0).tolist()
+    times = np.array([(w.started_s, w.scored_s or w.started_s, w.refitted_s) for w in refitted], float)
+    ratio_s, refit_s = np.diff(times).mean(axis=0) if refitted else (None, None)
     source = f"measured over {len(steps)} steps in {config.run_dir}"
     return StepCost(source, stages, fmean(row["step_s"] for row in steps), ratio_s, refit_s)
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ocrm_ray.config import Dtype, Pool, RunConfig
+from ocrm_ray.config import Dtype, RunConfig
 from ocrm_ray.errors import Problem
 
 GIB = 2**30
@@ -33,20 +33,14 @@ class NetworkSizes:
     gold: int = 0
 
 
-def pools_by_name(config: RunConfig) -> dict[str, Pool]:
-    """The four pools and the evaluation actor."""
-    return dict(config.pools)
-
-
 def machine_problems(config: RunConfig, sizes: NetworkSizes | None) -> list[Problem]:
     """What the pools ask beyond this machine; nothing where ``RAY_ADDRESS`` names a cluster, whose size is its own."""
     import psutil
 
     if os.environ.get("RAY_ADDRESS"):
         return []
-    pools = pools_by_name(config)
-    cpus = {name: pool.num_actors * pool.cpus_per_actor for name, pool in pools.items()}
-    gpus = {name: pool.num_actors * pool.gpus_per_actor for name, pool in pools.items() if pool.gpus_per_actor}
+    cpus = {name: pool.num_actors * pool.cpus_per_actor for name, pool in config.pools}
+    gpus = {name: pool.num_actors * pool.gpus_per_actor for name, pool in config.pools if pool.gpus_per_actor}
     memory = {} if sizes is None else memory_gib(config, sizes)
     smaller = "use smaller models, bfloat16, fewer actors, a smaller kv_cache_gib"
     demands: list[tuple[str, Mapping[str, float], float, str]] = [
@@ -78,7 +72,7 @@ def memory_gib(config: RunConfig, sizes: NetworkSizes) -> dict[str, float]:
     critic = sizes.reward if config.policy.algorithm == "ppo" else 0
     logits = 4 * 4 * min(config.policy.micro_batch_tokens * sizes.vocabulary, MAX_LOGITS)
     training_share = pools.policy.num_actors if config.policy.zero_stage else 1
-    bytes_of = {name: DTYPE_BYTES[pool.dtype] for name, pool in pools_by_name(config).items()}
+    bytes_of = {name: DTYPE_BYTES[pool.dtype] for name, pool in pools}
     num_rewards = 2 if config.correction.strategy == "none" else 3
     networks = {
         "generation": 2 * bytes_of["generation"] * sizes.policy + pools.generation.kv_cache_gib * GIB,
@@ -90,6 +84,6 @@ def memory_gib(config: RunConfig, sizes: NetworkSizes) -> dict[str, float]:
     processes = {name: ENGINE_GIB if name == "generation" else ACTOR_GIB for name in networks}
     memory = {
         name: pool.num_actors * (processes[name] + (0 if pool.gpus_per_actor else networks[name] / GIB))
-        for name, pool in pools_by_name(config).items()
+        for name, pool in pools
     }
     return memory | {"ray": RAY_GIB}

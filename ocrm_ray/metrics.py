@@ -123,8 +123,9 @@ class RunLog(AbstractContextManager["RunLog"]):
 
     def close(self) -> None:
         self._write_ready(is_last=True)
-        for writer in filter(None, (self._metrics, self._events, self._samples, self._board)):
-            writer.close()
+        for writer in (self._metrics, self._events, self._samples, self._board):
+            if writer is not None:
+                writer.close()
 
     def _write_ready(self, is_last: bool = False) -> None:
         while self._waiting and (is_last or self._evaluations.get(self._waiting[0].step, True)):
