@@ -2,7 +2,7 @@
 
 Memory of a network of P parameters in a pool of dtype d (4 bytes for float32, 2 for bfloat16), on CPU pools:
 training 16 P (weights, gradients and two Adam moments in float32; the same in bfloat16 with a float32 master copy),
-serving d P. An engine holds its weights twice (vLLM repacks them) beside its KV cache; scoring holds SFT model,
+serving d P. An engine holds its weights three times (vLLM repacks them, the next ones beside it) and its KV cache; scoring holds SFT model,
 anchor and one snapshot; the reward pool holds a live and a shadow reward model and one in training. To these
 come processes (2.5 GiB an engine, 0.5 GiB another actor, 0.5 GiB Ray) and the chunk of logits that
 the policy's trainer holds, with its gradient, in float32. With ``gpus_per_actor`` only the processes count.
@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ocrm_ray.config import Dtype, Pool, RunConfig
+from ocrm_ray.config import Dtype, RunConfig
 from ocrm_ray.errors import Problem
 
 GIB = 2**30
@@ -75,7 +75,7 @@ def memory_gib(config: RunConfig, sizes: NetworkSizes) -> dict[str, float]:
     bytes_of = {name: DTYPE_BYTES[pool.dtype] for name, pool in config.pools}
     num_rewards = 2 if config.correction.strategy == "none" else 3
     networks = {
-        "generation": 2 * bytes_of["generation"] * sizes.policy + pools.generation.kv_cache_gib * GIB,
+        "generation": 3 * bytes_of["generation"] * sizes.policy + pools.generation.kv_cache_gib * GIB,
         "policy": TRAINING_BYTES * (sizes.policy + critic) / training_share + logits,
         "scoring": 3 * bytes_of["scoring"] * sizes.policy,
         "reward": num_rewards * bytes_of["reward"] * sizes.reward + TRAINING_BYTES * sizes.reward,

@@ -16,12 +16,7 @@ Booked: TypeAlias = defaultdict[str, list[tuple[float, float]]]
 """What actors drew, by kind of work: (start in seconds since the run's start, seconds)."""
 BACKGROUND = ("ratios", "refit")
 """A correction's work, which limits no step."""
-WAITS = {
-    "rollouts": "rollout",
-    "stragglers among them": "straggler",
-    "publishes": "publish",
-    "corrections": "correction",
-}
+WAITS = ("rollout", "straggler", "publish", "correction")
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,7 @@ def figures(config: RunConfig, run: Run, booked: Booked) -> Figures:
     return Figures(
         step_s=fmean(row["step_s"] for row in measured),
         busy_s=busy_s,
-        wait_s={name: fmean(row[f"{key}_wait_s"] for row in measured) for name, key in WAITS.items()},
+        wait_s={name: fmean(row[f"{name}_wait_s"] for row in measured) for name in WAITS},
         staleness=Counter(int(updates) for start, updates in booked["staleness"] if start_s <= start < end_s),
         lags=Counter(e["lag_steps"] for e in promoted if first < e["policy_version"] <= first + num_steps),
         ages=Counter(ages),
@@ -139,7 +134,8 @@ def figure_lines(config: RunConfig, found: Figures) -> list[str]:
         *(f"{work:12}{workers[work]:8}{found.busy_s[work]:13.3f}{share:7.0%}" for work, share in idle.items()),
         f"step: {seconds_text(found.step_s)}, predicted {seconds_text(cost.step_s)}",
         f"limit: {seconds_text(found.limit_s)} ({found.bottleneck}); overlap efficiency {found.efficiency:.1%}",
-        "training waited, s/step: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in found.wait_s.items()),
+        "training waited, s/step: rollouts {rollout:.3f}, stragglers among them {straggler:.3f}, "
+        "publishes {publish:.3f}, corrections {correction:.3f}".format(**found.wait_s),
         f"rollouts by staleness: {_histogram(found.staleness)}",
         f"corrections: {correction_line(config, replace(cost, step_s=found.step_s))}",
     ]
