@@ -190,8 +190,7 @@ def load_reward_model(
         raise ValueError(f"{path}: {type(network).__name__} has no linear head named score, so it is not causal")
     use_products(network)
     model = ScalarModel(network).eval()
-    if not has_head:
-        assert head_seed is not None
+    if head_seed is not None and not has_head:
         _draw_head(network.score, head_seed)
     require_own_logits(model)
     return model
