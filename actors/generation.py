@@ -5,13 +5,14 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from actors import nccl_transport
+from actors.request_desk import RequestDesk
 from actors.vllm_worker import no_queue_left
 from actors.weight_transport import LocalCopy
 from ocrm_ray.config import GenerationPool, RunConfig
@@ -42,15 +43,12 @@ def engine_environment(pool: GenerationPool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
-    return common | {"TORCHDYNAMO_DISABLE": "1"} if _on_cpu(pool) else common
+    return common | {"TORCHDYNAMO_DISABLE": "1"} if pool.gpus_per_actor == 0 else common
 
 
 @dataclass(eq=False)
-class GenerationActor:
+class GenerationActor(RequestDesk):
     """One engine. Every method but the constructor runs on one event loop; ``start`` comes first.
-
-    Requests go in by ``submit`` and come back by ``collect``, many at a time, because a Ray call for each
-    prompt costs more than the sampling of a small model.
 
     ``number``: of the engine in its pool. ``model_path``: a Hugging Face folder with tokenizer. ``max_model_len``:
     tokens of prompt and response. ``by_nccl``: how weights come. ``worker_extension``: dotted path, importable in the
@@ -65,13 +63,12 @@ class GenerationActor:
     worker_extension: str = "actors.vllm_worker.WeightReceiver"
 
     def __post_init__(self) -> None:
+        super().__init__()
         self._pool = self.config.pools.generation
         self._has_joined = False
         self._local_copy = LocalCopy()
         self._engine: Any = None
         self._engine_pid = 0
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self._finished: asyncio.Queue[tuple[str, tuple[Sample, ...] | Exception]] = asyncio.Queue()
         self._score_ids = itertools.count()
 
     async def start(self) -> None:
@@ -87,23 +84,6 @@ class GenerationActor:
         await self._engine.collective_rpc("start_receiving")
         await self._engine.update_weight_version("0")
         await self.score([Sequence(prompt_ids=(0,), response_ids=(0, 0), has_eos=False)])
-
-    async def submit(self, requests: list[GenerationRequest]) -> None:
-        """Begin to sample; ``collect`` returns the results. A request_id may be used again after its result."""
-        for request in requests:
-            assert request.request_id not in self._running, f"request {request.request_id} is already running"
-            self._running[request.request_id] = asyncio.create_task(self._answer(request))
-
-    async def collect(self) -> list[tuple[str, tuple[Sample, ...] | Exception]]:
-        """Wait until at least one submitted request is finished; (request_id, samples or its error) of all that are."""
-        results = [await self._finished.get()]
-        while not self._finished.empty():
-            results.append(self._finished.get_nowait())
-        return results
-
-    async def abort(self, request_ids: list[str]) -> None:
-        """Drop submitted requests; ``collect`` never returns them. One that is already finished stays so."""
-        await _cancel([self._running.pop(request_id) for request_id in request_ids if request_id in self._running])
 
     async def load_weights(self, weights: PolicyWeights) -> PublishReport:
         """Replace the weights in flight: running requests stand still, then go on under the new version.
@@ -144,7 +124,7 @@ class GenerationActor:
 
     async def shutdown(self) -> None:
         """Drop what is running and end the engine's processes."""
-        await _cancel(self._running.values())
+        await self.abort(list(self._running))
         self._local_copy.close()
         if self._engine is not None:
             with no_queue_left(self._engine_pid):
@@ -155,7 +135,7 @@ class GenerationActor:
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        on_cpu = _on_cpu(self._pool)
+        on_cpu = self._pool.gpus_per_actor == 0
         return AsyncEngineArgs(
             model=self.model_path,
             dtype=self._pool.dtype,
@@ -194,19 +174,7 @@ class GenerationActor:
             await asyncio.sleep(PREPARE_POLL_S)
         return max(checked for checked, _ in prepared), max(repacked for _, repacked in prepared)
 
-    async def _answer(self, request: GenerationRequest) -> None:
-        """Run one submitted request; its result or its error goes to ``collect``."""
-        try:
-            result: tuple[Sample, ...] | Exception = await self._sample(request)
-        except Exception as error:
-            result = error  # an answer must always come
-        finally:
-            # after an abort the entry is gone, or is that of a new request of the same id
-            if self._running.get(request.request_id) is asyncio.current_task():
-                del self._running[request.request_id]
-        self._finished.put_nowait((request.request_id, result))
-
-    async def _sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
+    async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
         params = {
             "n": request.num_samples,
             "seed": request.seed,
@@ -252,10 +220,6 @@ class GenerationActor:
         return final
 
 
-def _on_cpu(pool: GenerationPool) -> bool:
-    return pool.gpus_per_actor == 0
-
-
 def _sample_of(request: GenerationRequest, completion: Any) -> Sample:
     """vLLM keeps the EOS that ended a response in ``token_ids``; every EOS of the model's folder ends with "stop"."""
     if completion.finish_reason not in ("stop", "length"):
@@ -280,10 +244,3 @@ def _named(failure: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise RunError(f"{failure}: {error!r}") from error
-
-
-async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
-    cancelled = list(tasks)
-    for task in cancelled:
-        task.cancel()
-    await asyncio.gather(*cancelled, return_exceptions=True)

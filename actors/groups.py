@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 
 from actors.ray_pool import RayPool
-from actors.remote_actor import RemoteActor, call_all
+from actors.remote_actor import call_all
 from ocrm_ray.cluster import Cluster
 from ocrm_ray.pools import Evaluator, PolicyPool, RewardPool, ScoringPool
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
@@ -49,14 +49,12 @@ def split_evenly(items: Seq[Item], num_parts: int) -> list[list[Item]]:
     return [list(items[start:stop]) for start, stop in itertools.pairwise(bounds) if stop > start]
 
 
-async def score_spread(
-    actors: Seq[RemoteActor], sequences: Seq[Sequence], by: str | tuple[str, ...], *, deadline_s: float
-) -> list[Any]:
-    """``score(share, by)`` of each actor on its share of ``sequences``; idle actors are not asked."""
+async def score_spread(pool: RayPool, sequences: Seq[Sequence], by: str | tuple[str, ...]) -> list[Any]:
+    """``score(share, by)`` of each actor but the last on its share of ``sequences``; idle actors are not asked."""
+    actors, deadline_s = pool.actors[ALL_BUT_LAST], pool.deadlines.request_s
     shares = zip(actors, split_evenly(sequences, len(actors)), strict=False)
-    return list(
-        await asyncio.gather(*(actor.call("score", share, by, deadline_s=deadline_s) for actor, share in shares))
-    )
+    calls = (actor.call("score", share, by, deadline_s=deadline_s) for actor, share in shares)
+    return list(await asyncio.gather(*calls))
 
 
 class RayPolicyPool(RayPool):
@@ -87,8 +85,7 @@ class RayScoringPool(RayPool):
     commit = asks(ScoringPool.commit, ALL_BUT_LAST)
 
     async def score(self, sequences: Seq[Sequence], models: Seq[str] = ("live", "sft")) -> list[list[FloatArray]]:
-        deadline_s = self.deadlines.request_s
-        shares = await score_spread(self.actors[ALL_BUT_LAST], sequences, tuple(models), deadline_s=deadline_s)
+        shares = await score_spread(self, sequences, tuple(models))
         return [[row for share in shares for row in share[number]] for number in range(len(models))]
 
     async def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
@@ -116,8 +113,7 @@ class RayRewardPool(RayPool):
     commit = asks(RewardPool.commit, ALL_BUT_LAST)
 
     async def score(self, sequences: Seq[Sequence], slot: str = "live") -> FloatArray:
-        deadline_s = self.deadlines.request_s
-        shares = await score_spread(self.actors[ALL_BUT_LAST], sequences, slot, deadline_s=deadline_s)
+        shares = await score_spread(self, sequences, slot)
         return np.concatenate([np.zeros(0, dtype=np.float32), *shares])
 
 

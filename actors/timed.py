@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.request_desk import RequestDesk
 from ocrm_ray import records
 from ocrm_ray.config import Duration, Rehearsal, Rollout
 from ocrm_ray.records import FloatArray
@@ -54,32 +55,17 @@ class TimedActor:
         return len(sequences) / self._rollout.samples_per_prompt
 
 
-class TimedEngine(TimedActor):
+class TimedEngine(TimedActor, RequestDesk):
     """``GenerationActor``: a request keeps one of the engine's slots for a drawn time, and for the pauses in it."""
 
     def __init__(self, rehearsal: Rehearsal, rollout: Rollout, seed: int) -> None:
-        super().__init__(rehearsal, rollout, seed)
+        TimedActor.__init__(self, rehearsal, rollout, seed)
+        RequestDesk.__init__(self)
         self._slots = asyncio.Semaphore(rehearsal.engine_slots)
         self._version = 0
         self._paused_s = self._paused_until = 0.0
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self._finished: asyncio.Queue[tuple[str, tuple[records.Sample, ...]]] = asyncio.Queue()
 
     shutdown = TimedActor.start
-
-    async def submit(self, requests: list[records.GenerationRequest]) -> None:
-        self._running |= {request.request_id: asyncio.create_task(self._answer(request)) for request in requests}
-
-    async def collect(self) -> list[tuple[str, tuple[records.Sample, ...]]]:
-        """Wait until at least one submitted request is finished; those that are."""
-        results = [await self._finished.get()]
-        while not self._finished.empty():
-            results.append(self._finished.get_nowait())
-        return results
-
-    async def abort(self, request_ids: list[str]) -> None:
-        for task in [self._running.pop(request_id) for request_id in request_ids if request_id in self._running]:
-            task.cancel()
 
     async def load_weights(self, weights: records.PolicyWeights) -> records.PublishReport:
         """Running requests stand still for the last ``pause_s`` of it, and go on under the new version."""
@@ -94,16 +80,14 @@ class TimedEngine(TimedActor):
     async def score(self, sequences: Seq[records.Sequence]) -> list[FloatArray]:
         return _logprobs(sequences)
 
-    async def _answer(self, request: records.GenerationRequest) -> None:
+    async def sample(self, request: records.GenerationRequest) -> tuple[records.Sample, ...]:
         async with self._slots:
             first_version = self._version
             await self._decode()
-        del self._running[request.request_id]
         prompt, length = request.prompt.token_ids, self._rollout.max_new_tokens
         sequences = [records.Sequence(prompt, (0,) * length, has_eos=True) for _ in range(request.num_samples)]
         answers = zip(sequences, _logprobs(sequences), strict=True)
-        samples = tuple(records.Sample(*answer, first_version, self._version) for answer in answers)
-        self._finished.put_nowait((request.request_id, samples))
+        return tuple(records.Sample(*answer, first_version, self._version) for answer in answers)
 
     async def _decode(self) -> None:
         """Take a drawn time; what is left of a pause comes before it, a later one holds it up."""

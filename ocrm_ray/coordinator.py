@@ -82,7 +82,8 @@ class Coordinator:
         self._evaluate(tasks, step=0)
         for step in range(1, self.config.policy.num_updates + 1):
             batch = await self._take(version=step - 1)
-            update = await self._update(batch)
+            with self.step_clock.timed(TRAIN):
+                update = await self.pools.policy.update(batch)
             await self._publish(tasks, update.version)
             await self._promote(step)
             await self._correct(tasks, step)
@@ -96,16 +97,6 @@ class Coordinator:
         with self.step_clock.timed("rollout_wait_s"):
             batch = await self.buffer.take(version)
         return await self.scorer.refresh(batch)
-
-    async def _update(self, batch: list[Rollout]) -> UpdateReport:
-        live = self.scorer.live
-        for rollout in batch:
-            assert rollout.scores is not None
-            for scores in rollout.scores:
-                assert scores.reward_version == live.reward_version, "scored by another reward model than the live one"
-                assert scores.anchor_version == live.anchor_version, "scored by another anchor than the live one"
-        with self.step_clock.timed(TRAIN):
-            return await self.pools.policy.update(batch)
 
     async def _publish(self, tasks: asyncio.TaskGroup, version: int) -> None:
         """Copy pi_v+1 out; engines take it beside the next update, once they have the version before."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ocrm_ray.config import RunConfig
 from ocrm_ray.pools import GenerationPool
@@ -18,8 +18,7 @@ INCARNATION = 1
 class Attempt:
     """The latest request for a prompt's rollout."""
 
-    prompt: Prompt
-    seed: int
+    request: GenerationRequest
     number: int
     task: "asyncio.Task[None]"
 
@@ -70,8 +69,17 @@ class RolloutPump:
             await self._may_issue.wait()
             slot_id = f"rollout-{number}"
             self.buffer.issue(slot_id)
-            seed = (self.config.seed * 1_000_003 + number * self.settings.samples_per_prompt) % 2**31
-            self._request(slot_id, next(self.prompts), seed, attempt=0)
+            request = GenerationRequest(
+                request_id=slot_id,
+                prompt=next(self.prompts),
+                num_samples=self.settings.samples_per_prompt,
+                max_new_tokens=self.settings.max_new_tokens,
+                temperature=self.settings.temperature,
+                seed=(self.config.seed * 1_000_003 + number * self.settings.samples_per_prompt) % 2**31,
+                top_p=self.settings.top_p,
+                top_k=self.settings.top_k,
+            )
+            self._send(slot_id, request, attempt=0)
             number += 1
 
     async def score(self) -> None:
@@ -85,20 +93,10 @@ class RolloutPump:
             for slot_id, scored in (await self.scorer.score(finished)).items():
                 await self.buffer.put(slot_id, scored)
 
-    def _request(self, slot_id: str, prompt: Prompt, seed: int, attempt: int) -> None:
+    def _send(self, slot_id: str, request: GenerationRequest, attempt: int) -> None:
         assert self._tasks is not None
-        request = GenerationRequest(
-            request_id=f"{slot_id}-{attempt}",
-            prompt=prompt,
-            num_samples=self.settings.samples_per_prompt,
-            max_new_tokens=self.settings.max_new_tokens,
-            temperature=self.settings.temperature,
-            seed=seed,
-            top_p=self.settings.top_p,
-            top_k=self.settings.top_k,
-        )
-        task = self._tasks.create_task(self._generate(slot_id, request))
-        self._attempts[slot_id] = Attempt(prompt, seed, attempt, task)
+        request = replace(request, request_id=f"{slot_id}-{attempt}")
+        self._attempts[slot_id] = Attempt(request, attempt, self._tasks.create_task(self._generate(slot_id, request)))
 
     async def _generate(self, slot_id: str, request: GenerationRequest) -> None:
         samples = await self.generation.generate(request)
@@ -112,6 +110,6 @@ class RolloutPump:
             return False
         assert self._tasks is not None
         late.task.cancel()
-        self._tasks.create_task(self.generation.abort(f"{slot_id}-{late.number}"))
-        self._request(slot_id, late.prompt, late.seed, late.number + 1)
+        self._tasks.create_task(self.generation.abort(late.request.request_id))
+        self._send(slot_id, late.request, late.number + 1)
         return True
