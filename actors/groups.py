@@ -79,7 +79,6 @@ class RayScoringPool(RayPool):
     """``ScoringPool`` over ``ScoringActor``s: a batch is spread over all but the last, which scores pairs."""
 
     name = "scoring"
-    farewell = "close"
 
     stage_anchor = asks(ScoringPool.stage_anchor, ALL_BUT_LAST)
     commit = asks(ScoringPool.commit, ALL_BUT_LAST)

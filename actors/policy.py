@@ -87,7 +87,10 @@ class PolicyActor:
             policy, learning_rate=policy.learning_rate, dtype=pool.dtype, beta2=policy.adam_beta2
         )
         self._engine = TrainingEngine(model, settings)
-        self._exporter = self._make_exporter()
+        self._exporter: WeightExporter
+        with self._engine.weights() as tensors:
+            layout = self.exports_dir, tensors, config.publish.checksum
+            self._exporter = NcclExporter(*layout, config.pools.generation) if self.by_nccl else WeightExporter(*layout)
         if policy.algorithm == "ppo":
             assert self.reward_path is not None, "PPO's critic starts from the reward model"
             self._critic = self._make_critic(self.reward_path)
@@ -110,8 +113,7 @@ class PolicyActor:
         for epoch in range(policy.num_epochs):
             seed = (self.config.seed, self._version, epoch)
             for rows in minibatches(len(experience.table), policy.num_minibatches, seed):
-                cut = micro_batches(experience, targets, rows, policy, self._engine.device)
-                if micros := list(cut):
+                if micros := list(micro_batches(experience, targets, rows, policy, self._engine.device)):
                     self._learn(micros, experience, statistics, is_first_epoch=epoch == 0)
         self._version += 1
         self._num_scheduled += 1
@@ -191,7 +193,7 @@ class PolicyActor:
         def loss_of(micro: MicroBatch) -> Tensor:
             logprobs, entropy = self._engine.forward(micro.batch, rollout.temperature, is_first_epoch)
             if entropy is not None:
-                statistics.add(micro.batch.response_lengths.sum(), entropy=entropy.sum())
+                statistics.add(micro.batch.response_mask.sum(), entropy=entropy.sum())
             if is_untouched:
                 statistics.add_gap(logprobs, micro, experience, self._version)
             loss, clip_share, truncated_share = policy_loss(logprobs, micro, policy, rollout.importance_cap)
@@ -204,13 +206,6 @@ class PolicyActor:
         statistics.add(1, grad_norm=self._engine.step(factor))
         if self._critic is not None:
             statistics.add(1, value_loss=self._critic.update(micros, factor))
-
-    def _make_exporter(self) -> WeightExporter:
-        checksum = self.config.publish.checksum
-        with self._engine.weights() as tensors:
-            if self.by_nccl:
-                return NcclExporter(self.exports_dir, tensors, checksum, self.config.pools.generation)
-            return WeightExporter(self.exports_dir, tensors, checksum)
 
     def _make_critic(self, folder: str | Path) -> Critic:
         pairs = read_pairs(self.config.stage_root / "pairs" / "train.jsonl")

@@ -31,33 +31,34 @@ from ocrm_ray.stages import stage_paths
 LIVE = "live"
 
 
+@dataclass(eq=False)
 class RewardServer:
     """Scores, calibrated on the frozen set; a candidate is loaded into a slot beside the live model.
 
-    ``stage`` may run on a second thread: a slot is one tuple that ``score`` reads once.
+    ``stage`` may run on a second thread: a slot is one tuple that ``score`` reads once. ``reward_path``: the first one.
     """
 
-    def __init__(self, config: RunConfig, reward_path: str) -> None:
-        """``reward_path``: the first reward model."""
-        self._config = config
-        self._reward_path = reward_path
+    config: RunConfig
+    reward_path: str
+
+    def __post_init__(self) -> None:
         self._staged: tuple[str, tuple[ScalarModel, Calibration]] | None = None
         self._committed: str | None = None
 
     def start(self) -> None:
         """Load the first reward model and calibrate it."""
-        config = self._config
+        config = self.config
         start_process(config.pools.reward.threads_per_actor, config.seed)
-        self._pad_id = load_tokenizer(self._reward_path, trust_remote_code=config.trust_remote_code).pad_token_id
+        self._pad_id = load_tokenizer(self.reward_path, trust_remote_code=config.trust_remote_code).pad_token_id
         pairs = read_pairs(config.stage_root / "pairs" / "train.jsonl")
         self._calibration_set = self._table(calibration_sequences(pairs, config.reward.num_calibration))
-        self._live = self._load(self._reward_path)
+        self._live = self._load(self.reward_path)
 
     def score(self, sequences: Seq[Sequence], slot: str = LIVE) -> FloatArray:
         """Calibrated scores [N], read at the last token; ``slot``: ``live`` or a promotion_id."""
         model, found = self._slot(slot)
-        scores = table_scores(model, self._table(sequences), self._config.pools.reward)
-        return recentre(scores, found.mean, found.std, self._config.reward.scale == "calibration_std").numpy()
+        scores = table_scores(model, self._table(sequences), self.config.pools.reward)
+        return recentre(scores, found.mean, found.std, self.config.reward.scale == "calibration_std").numpy()
 
     def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
         """Load a candidate beside the live model and calibrate it."""
@@ -74,7 +75,7 @@ class RewardServer:
         self._committed, self._staged = promotion_id, None
 
     def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
-        return SequenceTable(sequences, self._pad_id, self._config.share_prompts)
+        return SequenceTable(sequences, self._pad_id, self.config.share_prompts)
 
     def _slot(self, slot: str) -> tuple[ScalarModel, Calibration]:
         """A score of a staged model may still be asked for when that model has just become the live one."""
@@ -85,10 +86,10 @@ class RewardServer:
         return self._live
 
     def _load(self, path: str | Path) -> tuple[ScalarModel, Calibration]:
-        dtype = self._config.pools.reward.dtype
-        model = load_reward_model(path, dtype=dtype, trust_remote_code=self._config.trust_remote_code)
+        dtype = self.config.pools.reward.dtype
+        model = load_reward_model(path, dtype=dtype, trust_remote_code=self.config.trust_remote_code)
         model = model.requires_grad_(False).to(training_device())
-        mean, std = calibration(table_scores(model, self._calibration_set, self._config.pools.reward))
+        mean, std = calibration(table_scores(model, self._calibration_set, self.config.pools.reward))
         return model, Calibration(mean, std)
 
 

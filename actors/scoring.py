@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,43 +23,44 @@ from ocrm_ray.reward_learning import pair_rows, pair_table
 LIVE, SFT = "live", "sft"
 
 
+@dataclass(eq=False)
 class ScoringActor:
     """Slots: the SFT model, the live anchor (at first the SFT model itself), one staged anchor, one snapshot.
 
     ``stage_anchor`` may run on a second thread: ``score`` reads a slot once.
     """
 
-    def __init__(self, config: RunConfig, sft_path: str) -> None:
-        self._config = config
-        self._sft_path = sft_path
-        self._anchor: Any = None
+    config: RunConfig
+    sft_path: str
+
+    def __post_init__(self) -> None:
         self._staged: tuple[str, Any] | None = None
-        self._snapshots: dict[int, Any] = {}
+        self._snapshot: dict[int, Any] = {}
         self._committed: str | None = None
         self._reader = WeightReader()
 
     def start(self) -> None:
         """Load the SFT model, which is the first anchor."""
-        pool = self._config.pools.scoring
-        start_process(pool.threads_per_actor, self._config.seed)
-        self._tokenizer = load_tokenizer(self._sft_path, trust_remote_code=self._config.trust_remote_code)
-        self._sft = self._load(self._sft_path)
-        self._anchor = self._sft
+        pool = self.config.pools.scoring
+        start_process(pool.threads_per_actor, self.config.seed)
+        self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=self.config.trust_remote_code)
+        self._anchor = self._sft = self._load(self.sft_path)
 
     def score(self, sequences: Seq[Sequence], models: Seq[str] = (LIVE, SFT)) -> list[list[FloatArray]]:
         """For each of ``models`` log-probs [T] at the rollout temperature: ``sft``, ``live`` or a promotion_id.
 
         Models that are the same network are computed once.
         """
-        table = SequenceTable(sequences, self._tokenizer.pad_token_id, self._config.share_prompts)
+        table = SequenceTable(sequences, self._tokenizer.pad_token_id, self.config.share_prompts)
         networks = [self._sft if model == SFT else self._network(model) for model in models]
-        rows = {id(network): self._logprobs(network, table) for network in dict.fromkeys(networks)}
-        return [rows[id(network)] for network in networks]
+        temperature, pool = self.config.rollout.temperature, self.config.pools.scoring
+        rows = {network: table_logprobs(network, table, temperature, pool) for network in dict.fromkeys(networks)}
+        return [rows[network] for network in networks]
 
     def load_snapshot(self, weights: PolicyWeights) -> None:
         """Hold the snapshot, so that its file may go; it takes the place of an earlier one."""
-        self._snapshots.clear()
-        self._snapshots[weights.version] = self._copy_of(weights)
+        self._snapshot = {}
+        self._snapshot = {weights.version: self._copy_of(weights)}
 
     def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
         """Summed log-probs [N, 2] of (chosen, rejected) of training pairs ``indices`` [N].
@@ -66,18 +68,17 @@ class ScoringActor:
         Under the snapshot at the rollout temperature, or with None under who wrote the pairs at theirs.
         """
         if weights is None:
-            network, temperature = self._behaviour, self._config.pairs.temperature
+            network, temperature = self._behaviour, self.config.pairs.temperature
         else:
-            if weights.version not in self._snapshots:
+            if weights.version not in self._snapshot:
                 self.load_snapshot(weights)
-            network, temperature = self._snapshots[weights.version], self._config.rollout.temperature
-        sums = row_sums(network, self._pairs, pair_rows(indices), temperature, self._config.pools.scoring)
+            network, temperature = self._snapshot[weights.version], self.config.rollout.temperature
+        sums = row_sums(network, self._pairs, pair_rows(indices), temperature, self.config.pools.scoring)
         return np.ascontiguousarray(sums.view(2, -1).T.numpy())
 
     def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
         """Load a snapshot beside the live anchor; one that is held already is shared, not copied."""
-        held = self._snapshots.get(weights.version)
-        self._staged = (promotion_id, self._copy_of(weights) if held is None else held)
+        self._staged = (promotion_id, self._snapshot.get(weights.version) or self._copy_of(weights))
 
     def commit(self, promotion_id: str, anchor_version: int) -> None:
         """The staged anchor, if there is one of this promotion, is live. Again: no effect."""
@@ -85,13 +86,7 @@ class ScoringActor:
             return
         if self._staged is not None and self._staged[0] == promotion_id:
             self._anchor = self._staged[1]
-        self._committed, self._staged = promotion_id, None
-        self._snapshots.clear()
-
-    def close(self) -> None:
-        """Free the networks."""
-        self._sft = self._anchor = self._staged = None
-        self._snapshots.clear()
+        self._committed, self._staged, self._snapshot = promotion_id, None, {}
 
     def _network(self, slot: str) -> Any:
         """A score of a staged anchor may still be asked for when that anchor has just become the live one."""
@@ -101,12 +96,9 @@ class ScoringActor:
         assert slot in (LIVE, self._committed), f"no anchor in slot {slot}"
         return self._anchor
 
-    def _logprobs(self, network: Any, table: SequenceTable) -> list[FloatArray]:
-        return table_logprobs(network, table, self._config.rollout.temperature, self._config.pools.scoring)
-
     def _load(self, path: str) -> Any:
-        dtype = self._config.pools.scoring.dtype
-        network = load_causal_lm(path, dtype=dtype, trust_remote_code=self._config.trust_remote_code)
+        dtype = self.config.pools.scoring.dtype
+        network = load_causal_lm(path, dtype=dtype, trust_remote_code=self.config.trust_remote_code)
         return network.requires_grad_(False).to(training_device())
 
     def _copy_of(self, weights: PolicyWeights) -> Any:
@@ -119,11 +111,11 @@ class ScoringActor:
 
     @cached_property
     def _pairs(self) -> SequenceTable:
-        pairs = read_pairs(self._config.stage_root / "pairs" / "train.jsonl")
-        return pair_table(pairs, self._tokenizer.pad_token_id, self._config.share_prompts)
+        pairs = read_pairs(self.config.stage_root / "pairs" / "train.jsonl")
+        return pair_table(pairs, self._tokenizer.pad_token_id, self.config.share_prompts)
 
     @cached_property
     def _behaviour(self) -> Any:
         """Pairs of unknown origin are weighted as if the SFT model had written them, where that is allowed."""
-        origin = self._config.pairs.behaviour
+        origin = self.config.pairs.behaviour
         return self._sft if origin in ("sft", "unknown") else self._load(origin)

@@ -158,11 +158,9 @@ class TrainingEngine:
 
     def save(self, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Write the network, with its present weights or with ``state``, as a Hugging Face folder."""
-        if state is not None:
-            save_model(self._module, tokenizer, folder, state_dict=state)
-            return
-        with self.weights() as present:  # at ZeRO 3 the module itself is without them
-            save_model(self._module, tokenizer, folder, state_dict=present)
+        # At ZeRO 3 the module itself is without them.
+        with self.weights() if state is None else contextlib.nullcontext(state) as full:
+            save_model(self._module, tokenizer, folder, state_dict=full)
 
     def close(self) -> None:
         """Free what DeepSpeed holds for this engine; the process group stays."""
@@ -178,13 +176,8 @@ def _initialise(module: nn.Module, settings: EngineSettings) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    optimizer = torch.optim.AdamW(
-        module.parameters(),
-        lr=settings.learning_rate,
-        betas=(ADAM_BETA1, settings.beta2),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    betas, decay = (ADAM_BETA1, settings.beta2), settings.weight_decay
+    optimizer = torch.optim.AdamW(module.parameters(), settings.learning_rate, betas, weight_decay=decay, fused=True)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory there is
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(settings))
     return engine

@@ -26,39 +26,28 @@ SMALL_BLOCK = 192
 class PaddedBatch:
     """B sequences in R rows, the longest first, padded on the right to L tokens; T is the longest response.
 
-    ``tokens``, ``positions`` [R, L]: ids, and places in the sequence; ``row_lengths`` [R]: without padding. ``mask``
-    [R, 1, L, L]: True where a token sees another; None where each row is one sequence. ``prompt_ends``, ``starts``
-    [B]: the prompt's last and the response's first token, as indices into the flattened rows. On one device.
+    ``mask`` [R, 1, L, L]: True where a token sees another; None where each row is one sequence. ``tokens``,
+    ``positions`` [R, L]: ids, and places in the sequence; ``row_lengths`` [R]: without padding. ``response_mask``
+    [B, T]: True on response tokens; ``places``, ``predicting`` [B, T]: of each in the flattened rows, and of the output
+    that predicts it, behind a response's end as for its last token. On one device.
     """
 
+    mask: Tensor | None
     tokens: Tensor
     positions: Tensor
     row_lengths: Tensor
-    mask: Tensor | None
-    prompt_ends: Tensor
-    starts: Tensor
-    response_lengths: Tensor
-
-    @property
-    def response_mask(self) -> Tensor:
-        """[B, T] bool: True on response tokens."""
-        return self._steps < self.response_lengths[:, None]
+    response_mask: Tensor
+    places: Tensor
+    predicting: Tensor
 
     @property
     def last_places(self) -> Tensor:
         """[B]: index of each sequence's last token in the flattened rows."""
-        return self.starts + self.response_lengths - 1
-
-    def predicting_places(self) -> Tensor:
-        """[B, T]: index of the output that predicts each response token; inside the row where T is padding."""
-        steps = torch.minimum(self._steps, self.response_lengths[:, None] - 1)
-        return torch.where(steps == 0, self.prompt_ends[:, None], self.starts[:, None] + steps - 1)
+        return self.places[:, -1]
 
     def response_tokens(self) -> tuple[Tensor, Tensor]:
         """[N] each, of the response tokens, sequence after sequence: index of what predicts it; the token itself."""
-        mask = self.response_mask
-        places = (self.starts[:, None] + self._steps)[mask]
-        return self.predicting_places()[mask], self.tokens.flatten()[places]
+        return self.predicting[self.response_mask], self.tokens.flatten()[self.places[self.response_mask]]
 
     def blocks(self) -> list[tuple[slice, int]]:
         """(rows, width): the rows in blocks cut to their longest, so that little of them is padding."""
@@ -77,10 +66,6 @@ class PaddedBatch:
     def to(self, device: torch.device) -> "PaddedBatch":
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})
-
-    @property
-    def _steps(self) -> Tensor:
-        return torch.arange(int(self.response_lengths.max()), device=self.tokens.device)[None]
 
 
 class SequenceTable:
@@ -119,7 +104,10 @@ class SequenceTable:
         longest_first = np.argsort(-lengths, kind="stable")
         shape = (len(rows), int(lengths.max()))
         tokens, positions, parts = (np.full(shape, fill) for fill in (self._pad_id, 0, -1))
-        prompt_ends, starts = np.empty((2, len(indices)), dtype=np.int64)
+        responses = self.response_lengths[indices, None]
+        steps = np.arange(responses.max())
+        places = np.minimum(steps, responses - 1)
+        predicting = np.empty_like(places)
         for row, members in enumerate(rows[number] for number in longest_first):
             place = prompt = int(self.prompt_lengths[indices[members[0]]])
             tokens[row, :prompt], parts[row, :prompt] = self._tokens[indices[members[0]]][:prompt], 0
@@ -129,17 +117,12 @@ class SequenceTable:
                 end = place + len(sequence) - prompt
                 tokens[row, place:end], parts[row, place:end] = sequence[prompt:], part
                 positions[row, place:end] = np.arange(prompt, len(sequence))
-                prompt_ends[member], starts[member] = row * shape[1] + prompt - 1, row * shape[1] + place
+                places[member] += row * shape[1] + place
+                predicting[member] = row * shape[1] + prompt - 1, *places[member, :-1]
                 place = end
-        return PaddedBatch(
-            torch.from_numpy(tokens),
-            torch.from_numpy(positions),
-            torch.from_numpy(lengths[longest_first]),
-            _visibility(torch.from_numpy(parts)) if len(rows) < len(indices) else None,
-            torch.from_numpy(prompt_ends),
-            torch.from_numpy(starts),
-            torch.from_numpy(self.response_lengths[indices]),
-        )
+        visibility = _visibility(torch.from_numpy(parts)) if len(rows) < len(indices) else None
+        arrays = (tokens, positions, lengths[longest_first], steps < responses, places, predicting)
+        return PaddedBatch(visibility, *map(torch.from_numpy, arrays))
 
     def _rows(self, indices: IntArray) -> tuple[list[list[int]], IntArray]:
         """(positions in ``indices`` of each row's sequences, the rows' tokens)."""
@@ -190,7 +173,7 @@ def pad_rows(rows: Seq[FloatArray]) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def cut_rows(values: Tensor, lengths: Tensor) -> list[FloatArray]:
-    """Rows of a [B, T] tensor, each cut to its own length: float32 arrays that own their memory."""
+def cut_rows(values: Tensor, mask: Tensor) -> list[FloatArray]:
+    """Rows of a [B, T] tensor, each cut to where ``mask`` is True: float32 arrays that own their memory."""
     table = values.detach().to("cpu", torch.float32).numpy()
-    return [row[:length].copy() for row, length in zip(table, lengths.tolist(), strict=True)]
+    return [row[keep] for row, keep in zip(table, mask.cpu().numpy(), strict=True)]

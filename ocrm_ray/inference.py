@@ -20,16 +20,14 @@ def table_logprobs(
     """Log-probs [T] of the response of each row, or of each of ``rows``."""
 
     def compute(batch: PaddedBatch) -> list[FloatArray]:
-        return cut_rows(response_logprobs(model, batch, temperature), batch.response_lengths)
+        return cut_rows(response_logprobs(model, batch, temperature), batch.response_mask)
 
     return _each(model, table, rows, pool, compute)
 
 
 def table_values(model: Any, table: SequenceTable, pool: Pool) -> list[FloatArray]:
     """A critic's values [T] of the states behind each row's response tokens."""
-    return _each(
-        model, table, None, pool, lambda batch: cut_rows(response_values(model, batch), batch.response_lengths)
-    )
+    return _each(model, table, None, pool, lambda batch: cut_rows(response_values(model, batch), batch.response_mask))
 
 
 def row_sums(model: Any, table: SequenceTable, rows: IntArray, temperature: float, pool: Pool) -> Tensor:

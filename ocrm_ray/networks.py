@@ -47,16 +47,10 @@ class CausalModel(nn.Module):
     def forward(
         self, batch: PaddedBatch, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        hidden = _hidden_states(self.network, batch)
-        positions, tokens = batch.response_tokens()
-        logprobs, entropy = head_logprobs(
-            self.logits,
-            hidden.flatten(0, 1).index_select(0, positions),
-            tokens,
-            temperature,
-            max(1, MAX_LOGITS // self._settings.vocab_size),
-            with_entropy=with_entropy,
-        )
+        places, tokens = batch.response_tokens()
+        hidden = _hidden_states(self.network, batch).flatten(0, 1).index_select(0, places)
+        num_rows = max(1, MAX_LOGITS // self.network.config.get_text_config().vocab_size)
+        logprobs, entropy = head_logprobs(self.logits, hidden, tokens, temperature, num_rows, with_entropy=with_entropy)
         mask = batch.response_mask
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logprobs), None if entropy is None else zeros.masked_scatter(mask, entropy)
@@ -64,16 +58,12 @@ class CausalModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The head's logits, scaled and capped as the architecture's configuration says."""
         logits: Tensor = self.network.get_output_embeddings()(hidden)
-        settings = self._settings
+        settings = self.network.config.get_text_config()
         scale = (getattr(settings, "logit_scale", None) or 1.0) / getattr(settings, "logits_scaling", 1.0)
         if scale != 1:
             logits = logits * scale
         cap = getattr(settings, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    @property
-    def _settings(self) -> Any:
-        return self.network.config.get_text_config()
 
 
 class ScalarModel(nn.Module):
@@ -91,8 +81,7 @@ class ScalarModel(nn.Module):
         self.network = network
 
     def forward(self, batch: PaddedBatch) -> Tensor:
-        hidden = _hidden_states(self.network, batch)
-        scores: Tensor = self.network.score(hidden)
+        scores: Tensor = self.network.score(_hidden_states(self.network, batch))
         return scores.flatten()
 
 
@@ -108,10 +97,8 @@ def _hidden_states(network: Any, batch: PaddedBatch) -> Tensor:
     for rows, width in batch.blocks():
         inputs = {"inputs_embeds": embedded[rows, :width]}
         if batch.mask is not None:
-            inputs |= {
-                "position_ids": batch.positions[rows, :width],
-                "attention_mask": batch.mask[rows, :, :width, :width],
-            }
+            inputs["position_ids"] = batch.positions[rows, :width]
+            inputs["attention_mask"] = batch.mask[rows, :, :width, :width]
         block = network.base_model(**inputs, use_cache=False).last_hidden_state
         states.append(nn.functional.pad(block, (0, 0, 0, embedded.shape[1] - width)))
     return torch.cat(states)
@@ -203,8 +190,7 @@ def load_reward_model(
         raise ValueError(f"{path}: {type(network).__name__} has no linear head named score, so it is not causal")
     use_products(network)
     model = ScalarModel(network).eval()
-    if not has_head:
-        assert head_seed is not None
+    if head_seed is not None and not has_head:
         _draw_head(network.score, head_seed)
     require_own_logits(model)
     return model
@@ -260,7 +246,7 @@ def last_token_scores(model: Any, batch: PaddedBatch) -> Tensor:
 def response_values(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B, T]: a critic's values of the states in which the response tokens were chosen, 0 past the end."""
     values: Tensor = model(batch)
-    return values[batch.predicting_places()].masked_fill(~batch.response_mask, 0.0)
+    return values[batch.predicting].masked_fill(~batch.response_mask, 0.0)
 
 
 def _draw_head(head: nn.Linear, seed: int) -> None:

@@ -129,7 +129,10 @@ def build_targets(experience: Experience, policy: Policy, rollout: Rollout, valu
     baselines and statistics of others. With the KL in the reward, RLOO and GRPO subtract its sum over the response
     from the score, PPO spreads it over the tokens.
     """
-    counted, scores = _counted_scores(experience, rollout)
+    counted, scores = experience.has_eos, experience.scores
+    if isinstance(rollout.missing_eos, MissingEosPenalty):
+        scores = scores.where(counted, rollout.missing_eos.penalty)
+        counted = torch.ones_like(counted)
     loss_mask = experience.mask & counted[:, None]
     coefficient = policy.kl_coefficient if policy.kl_placement == "reward" else 0.0
     kl = kl_terms(experience.sampler_logprobs, experience.anchor_logprobs, policy.kl_estimator)
@@ -142,14 +145,6 @@ def build_targets(experience: Experience, policy: Policy, rollout: Rollout, valu
     baseline = rloo_advantages if policy.algorithm == "rloo" else grpo_advantages
     advantages = baseline(rewards, valid=counted.view(-1, experience.group_size)).view(-1, 1)
     return Targets(advantages * loss_mask, loss_mask)
-
-
-def _counted_scores(experience: Experience, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """(samples that count, their scores), [N] each."""
-    if isinstance(rollout.missing_eos, MissingEosPenalty):
-        penalty = torch.tensor(rollout.missing_eos.penalty)
-        return torch.ones_like(experience.has_eos), torch.where(experience.has_eos, experience.scores, penalty)
-    return experience.has_eos, experience.scores
 
 
 def minibatches(num_samples: int, num_minibatches: int, seed: Seq[int]) -> list[IntArray]:
@@ -169,7 +164,7 @@ def micro_batches(
         chosen = rows[chunk]
         index = torch.from_numpy(chosen)
         batch = experience.table.batch(chosen)
-        width = int(batch.response_lengths.max())
+        width = batch.response_mask.shape[1]
 
         def cut(values: Tensor | None, index: Tensor = index, width: int = width) -> Any:
             return None if values is None else values[index, :width].to(device)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny_models import EOS, build_policy, pad_batch, random_pairs, run_config, save_pairs, save_policy
 
+from actors import scoring
 from actors.scoring import ScoringActor
 from actors.weight_transport import WeightExporter
 from ocrm_ray.networks import CausalModel, response_logprobs
@@ -54,8 +55,8 @@ def assert_rows_close(rows, expected):
 
 def count_forwards(actor, monkeypatch):
     calls = []
-    original = ScoringActor._logprobs
-    monkeypatch.setattr(ScoringActor, "_logprobs", lambda self, *args: calls.append(1) or original(self, *args))
+    original = scoring.table_logprobs
+    monkeypatch.setattr(scoring, "table_logprobs", lambda *args: calls.append(1) or original(*args))
     return calls
 
 
