@@ -2,9 +2,9 @@
 
 Memory of a network of P parameters in a pool of dtype d (4 bytes for float32, 2 for bfloat16), on CPU pools:
 training 16 P (weights, gradients and two Adam moments in float32; the same in bfloat16 with a float32 master copy),
-serving d P. An engine holds its weights three times (vLLM repacks them, the next ones beside it) and its KV cache; scoring holds SFT model,
-anchor and one snapshot; the reward pool holds a live and a shadow reward model and one in training. To these
-come processes (2.5 GiB an engine, 0.5 GiB another actor, 0.5 GiB Ray) and the chunk of logits that
+serving d P. An engine holds its weights three times (vLLM repacks them, and the next ones beside them) and its KV
+cache; scoring holds SFT model, anchor and one snapshot; the reward pool a live and a shadow reward model and one in
+training. To these come processes (2.5 GiB an engine, 0.5 GiB another actor, 0.5 GiB Ray) and the chunk of logits that
 the policy's trainer holds, with its gradient, in float32. With ``gpus_per_actor`` only the processes count.
 """
 
@@ -40,9 +40,8 @@ def machine_problems(config: RunConfig, sizes: NetworkSizes | None) -> list[Prob
 
     if os.environ.get("RAY_ADDRESS"):
         return []
-    pools: dict[str, Pool] = dict(config.pools)
-    cpus = {name: pool.num_actors * pool.cpus_per_actor for name, pool in pools.items()}
-    gpus = {name: pool.num_actors * pool.gpus_per_actor for name, pool in pools.items() if pool.gpus_per_actor}
+    cpus = {name: pool.num_actors * pool.cpus_per_actor for name, pool in config.pools}
+    gpus = {name: pool.num_actors * pool.gpus_per_actor for name, pool in config.pools if pool.gpus_per_actor}
     memory = {} if sizes is None else memory_gib(config, sizes)
     smaller = "use smaller models, bfloat16, fewer actors, a smaller kv_cache_gib"
     demands: list[tuple[str, Mapping[str, float], float, str]] = [

@@ -374,7 +374,7 @@ def test_memory_follows_its_formula() -> None:
     logits = 2 * 4 * 10 * 1000 / GIB
     assert memory == pytest.approx(
         {
-            "generation": 2.5 + 2 * 4 + 1,
+            "generation": 2.5 + 3 * 4 + 1,
             "policy": 0.5 + 16 * 1.5 + logits,
             "scoring": 2 * (0.5 + 3 * 2),
             "reward": 0.5 + 3 * 4 * 0.5 + 16 * 0.5,
