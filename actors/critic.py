@@ -9,7 +9,7 @@ from torch import Tensor
 
 from actors.training_engine import EngineSettings, TrainingEngine
 from ocrm_ray.algorithm.calibration import calibration, recentre
-from ocrm_ray.batches import PaddedBatch, SequenceTable, pad_rows
+from ocrm_ray.batches import SequenceTable, pad_rows
 from ocrm_ray.config import RunConfig
 from ocrm_ray.inference import row_scores, table_values
 from ocrm_ray.networks import load_reward_model, response_values
@@ -50,7 +50,7 @@ class Critic:
         """One optimiser step on a minibatch; returns its value loss."""
         total = 0.0
         for number, micro in enumerate(micros, start=1):
-            loss = value_loss(self._batch_values(micro.batch), micro, self._policy)
+            loss = value_loss(self._calibrated(response_values(self._engine.forward, micro.batch)), micro, self._policy)
             self._engine.accumulate(self._policy.value_coefficient * loss, is_last=number == len(micros))
             total += loss.item()
         self._engine.step(factor)
@@ -58,9 +58,6 @@ class Critic:
 
     def close(self) -> None:
         self._engine.close()
-
-    def _batch_values(self, batch: PaddedBatch) -> Tensor:
-        return self._calibrated(response_values(self._engine.forward, batch))
 
     def _calibrated(self, values: Tensor) -> Tensor:
         return recentre(values, self._mean, self._std, self._scaled)
