@@ -59,7 +59,9 @@ class RayGenerationPool(RayPool):
     async def generate(self, request: GenerationRequest) -> tuple[Sample, ...]:
         """As the protocol says; requests of one turn of the event loop reach an engine as one message."""
         assert request.request_id not in self._open, f"request {request.request_id} is open already"
-        opened = self._enqueue(request)
+        opened = self._open[request.request_id] = _OpenRequest(request, asyncio.get_running_loop().create_future())
+        heapq.heappush(self._waiting, (request.priority, next(self._numbers), opened))
+        self._dispatch_soon()
         deadline_s = self.deadlines.request_s
         try:
             async with asyncio.timeout(deadline_s) as deadline:
@@ -109,13 +111,6 @@ class RayGenerationPool(RayPool):
         for opened in self._open.values():
             opened.answer.cancel()
         await super().close()
-
-    def _enqueue(self, request: GenerationRequest) -> _OpenRequest:
-        opened = _OpenRequest(request, asyncio.get_running_loop().create_future())
-        self._open[request.request_id] = opened
-        heapq.heappush(self._waiting, (request.priority, next(self._numbers), opened))
-        self._dispatch_soon()
-        return opened
 
     def _dispatch_soon(self) -> None:
         """At the end of this turn of the event loop, so that one message takes all that come in it."""

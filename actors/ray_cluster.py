@@ -1,4 +1,4 @@
-"""The stages' cluster over Ray: starts the actors that a stage needs, and the pools of RL."""
+"""The coordinator's process: runs the stages and RL, over actors and pools that start as they are needed."""
 
 import asyncio
 import sys
@@ -21,6 +21,7 @@ from ocrm_ray.pools import Pools, Show
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.prompts import read_prompts
 from ocrm_ray.records import FloatArray, GenerationRequest, RefitReport, Sample
+from ocrm_ray.reinforcement import run_to_the_end
 from ocrm_ray.stages import stage_paths
 
 NUM_LOGPROB_PARTS = 40
@@ -187,3 +188,40 @@ class RayCluster:
     def _shares_cores(self, pool: str) -> bool:
         """Whether a correction's work would take cores from rollouts and training."""
         return getattr(self.config.pools, pool).gpus_per_actor == 0 and sys.platform == "linux"
+
+
+class RunActor:
+    """One run, from its configuration to its report."""
+
+    def __init__(self, config: RunConfig, shared_memory: Path) -> None:
+        """``shared_memory``: the run's folder for weights on their way."""
+        self._config = config
+        self._cluster = RayCluster(config, shared_memory)
+        self._state = ProgressState(stage="start")
+        self._running: asyncio.Task[dict[str, object]] | None = None
+        self._ended = asyncio.Event()
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    async def run(self) -> dict[str, object]:
+        """The whole run; returns its summary. Whatever happens, the pools are ended."""
+        self._running = asyncio.create_task(run_to_the_end(self._config, self._cluster, self._show))
+        try:
+            return await self._running
+        finally:
+            await self._cluster.close()
+            self._ended.set()
+
+    async def stop(self) -> None:
+        """End a run that goes on: engines that are only killed leave shared memory behind."""
+        if self._running is not None:
+            self._running.cancel()
+            await self._ended.wait()
+
+    async def progress(self) -> ProgressState:
+        """Where the run is now."""
+        return self._state
+
+    def _show(self, state: ProgressState) -> None:
+        self._state = state

@@ -122,13 +122,8 @@ class Corrector:
     async def _refit(self, indices: IntArray, weights: FloatArray | None, snapshot_version: int) -> RefitReport | None:
         if not self.strategy.refits:
             return None
-        request = RefitRequest(
-            reward_version=self.scorer.live.reward_version + 1,
-            indices=indices,
-            weights=weights,
-            seed=self.config.seed,
-        )
-        refit = await self.pools.reward.refit(request)
+        reward_version = self.scorer.live.reward_version + 1
+        refit = await self.pools.reward.refit(RefitRequest(reward_version, indices, weights, self.config.seed))
         self.emit(
             "refit_finished",
             snapshot_version=snapshot_version,

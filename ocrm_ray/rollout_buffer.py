@@ -12,15 +12,6 @@ from dataclasses import dataclass
 from ocrm_ray.records import Rollout
 
 
-@dataclass(slots=True)
-class InFlight:
-    """A prompt that was issued: when, and what became of it."""
-
-    issue_version: int
-    rollout: Rollout | None = None
-    completion_order: int = -1
-
-
 @dataclass(eq=False)
 class RolloutBuffer:
     """Slots of one run's rollouts: issued -> scored -> taken.
@@ -43,12 +34,13 @@ class RolloutBuffer:
     straggler_wait_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self._slots: dict[str, InFlight] = {}
+        self._issue_versions: dict[str, int] = {}
+        self._ready: dict[str, Rollout] = {}
         self._changed = asyncio.Condition()
 
     def ready(self) -> dict[str, Rollout]:
         """Scored rollouts that wait for training, by request id."""
-        return {key: slot.rollout for key, slot in self._slots.items() if slot.rollout is not None}
+        return dict(self._ready)
 
     def _num_allowed(self) -> int:
         return min((self.published_version + self.max_staleness + 1) * self.batch_size, self.num_total)
@@ -64,16 +56,16 @@ class RolloutBuffer:
     def issue(self, request_id: str) -> None:
         """Take a slot for a prompt that goes to the engines now."""
         assert self.num_issued < self._num_allowed(), "issued beyond the staleness bound"
-        assert request_id not in self._slots
-        self._slots[request_id] = InFlight(self.published_version)
+        assert request_id not in self._issue_versions
+        self._issue_versions[request_id] = self.published_version
         self.num_issued += 1
 
     async def put(self, request_id: str, rollout: Rollout) -> None:
         """Hand in a scored rollout."""
-        slot = self._slots[request_id]
-        assert slot.rollout is None, "scored twice"
+        assert request_id in self._issue_versions, "never issued"
+        assert request_id not in self._ready, "scored twice"
         assert rollout.scores is not None, "handed in without scores"
-        slot.rollout, slot.completion_order = rollout, self.num_finished
+        self._ready[request_id] = rollout
         self.num_finished += 1
         async with self._changed:
             self._changed.notify_all()
@@ -90,39 +82,33 @@ class RolloutBuffer:
         async with self._changed:
             loop, late_since = asyncio.get_running_loop(), None
             while not self._is_complete(version):
-                if late_since is None and len(self.ready()) >= self.batch_size:
+                if late_since is None and len(self._ready) >= self.batch_size:
                     late_since = loop.time()
                 await self._changed.wait()
             self.straggler_wait_s += loop.time() - late_since if late_since is not None else 0.0
-        batch = self._select(version)
+        due = self._due(version)
+        assert len(due) <= self.batch_size, "more rollouts at the staleness bound than a batch holds"
+        first = sorted(self._ready, key=lambda key: key not in due)[: self.batch_size]
+        batch = {key: self._ready.pop(key) for key in first}
         for request_id, rollout in batch.items():
-            del self._slots[request_id]
+            del self._issue_versions[request_id]
             assert rollout.first_version >= version - self.max_staleness, (
                 f"rollout {request_id} began at version {rollout.first_version}, "
                 f"older than {version} - {self.max_staleness}"
             )
         return batch
 
-    def _due(self, version: int) -> dict[str, InFlight]:
+    def _due(self, version: int) -> list[str]:
         """What would be older than the bound at the update after this one."""
         oldest_next = version + 1 - self.max_staleness
-        return {key: slot for key, slot in self._slots.items() if slot.issue_version < oldest_next}
+        return [key for key, issue_version in self._issue_versions.items() if issue_version < oldest_next]
 
     def _is_complete(self, version: int) -> bool:
-        if len(self.ready()) < self.batch_size:
+        """Once enough others are ready, what is late at the bound starts again, if the run is configured so."""
+        if len(self._ready) < self.batch_size:
             return False
-        self._reissue_late(version)
-        return all(slot.rollout is not None for slot in self._due(version).values())
-
-    def _reissue_late(self, version: int) -> None:
-        """Enough others are ready: what is late at the bound starts again, if the run is configured so."""
-        for request_id, slot in self._due(version).items():
-            if slot.rollout is None and self.reissue is not None and self.reissue(request_id):
-                slot.issue_version = self.published_version
-                self.num_reissued += 1
-
-    def _select(self, version: int) -> dict[str, Rollout]:
-        due, ready = self._due(version), self.ready()
-        assert len(due) <= self.batch_size, "more rollouts at the staleness bound than a batch holds"
-        order = sorted(ready, key=lambda key: (key not in due, self._slots[key].completion_order))
-        return {key: ready[key] for key in order[: self.batch_size]}
+        late = [key for key in self._due(version) if key not in self._ready]
+        reissued = [key for key in late if self.reissue is not None and self.reissue(key)]
+        self._issue_versions |= dict.fromkeys(reissued, self.published_version)
+        self.num_reissued += len(reissued)
+        return all(key in self._ready for key in self._due(version))
