@@ -14,10 +14,10 @@ import psutil
 from torch import Tensor
 
 from actors.shadow_model import ShadowModel, can_be_shadowed
+from actors.shared_memory import SHARED_MEMORY
 from actors.weight_transport import WeightReader
 from ocrm_ray.records import PolicyWeights
 
-SHARED_MEMORY = Path("/dev/shm")
 OWNER_POLL_S = 1.0
 """How often a worker looks whether its owner still lives."""
 

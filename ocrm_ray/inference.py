@@ -1,6 +1,6 @@
 """Whole tables of sequences through a network without gradient, in chunks of similar length that ``pool`` bounds."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,40 +18,39 @@ def table_logprobs(
     model: Any, table: SequenceTable, temperature: float, pool: Pool, rows: IntArray | None = None
 ) -> list[FloatArray]:
     """Log-probs [T] of the response of each row, or of each of ``rows``."""
-
-    def compute(batch: PaddedBatch) -> list[FloatArray]:
-        return cut_rows(response_logprobs(model, batch, temperature), batch.response_mask)
-
-    return _each(model, table, rows, pool, compute)
+    return _each(model, table, rows, pool, lambda batch: response_logprobs(model, batch, temperature))
 
 
 def table_values(model: Any, table: SequenceTable, pool: Pool) -> list[FloatArray]:
     """A critic's values [T] of the states behind each row's response tokens."""
-    return _each(model, table, None, pool, lambda batch: cut_rows(response_values(model, batch), batch.response_mask))
+    return _each(model, table, None, pool, lambda batch: response_values(model, batch))
 
 
 def row_sums(model: Any, table: SequenceTable, rows: IntArray, temperature: float, pool: Pool) -> Tensor:
     """Summed response log-probs, float32 [N] on the CPU, of table rows ``rows`` [N]."""
 
-    def compute(batch: PaddedBatch) -> Tensor:
-        return sequence_logprobs(response_logprobs(model, batch, temperature), batch.response_mask).cpu()
+    def sums(batch: PaddedBatch) -> Tensor:
+        return sequence_logprobs(response_logprobs(model, batch, temperature), batch.response_mask)
 
-    return torch.stack(_each(model, table, rows, pool, compute))
+    return torch.stack(_each(model, table, rows, pool, sums))
 
 
 def table_scores(model: Any, table: SequenceTable, pool: Pool) -> Tensor:
     """A reward model's raw scores at the last token, float32 [N] on the CPU."""
-    return torch.stack(_each(model, table, None, pool, lambda batch: last_token_scores(model, batch).cpu()))
+    return torch.stack(_each(model, table, None, pool, lambda batch: last_token_scores(model, batch)))
 
 
 @torch.no_grad()
 def _each(
-    model: Any, table: SequenceTable, rows: IntArray | None, pool: Pool, compute: Callable[[PaddedBatch], Iterable[Any]]
+    model: Any, table: SequenceTable, rows: IntArray | None, pool: Pool, compute: Callable[[PaddedBatch], Tensor]
 ) -> list[Any]:
-    """What ``compute`` gives for each row, or each of ``rows``, in their order."""
+    """What ``compute`` gives, [B] or [B, T], for each row, or each of ``rows``, in their order and on the CPU."""
     rows = np.arange(len(table)) if rows is None else rows
     device = next(model.parameters()).device
     results: dict[int, Any] = {}
     for chunk in table.chunks(rows, pool.batch_size, pool.batch_tokens):
-        results.update(zip(chunk, compute(table.batch(rows[chunk]).to(device)), strict=True))
+        batch = table.batch(rows[chunk]).to(device)
+        values = compute(batch)
+        cut = cut_rows(values, batch.response_mask) if values.ndim == 2 else values.cpu()
+        results.update(zip(chunk, cut, strict=True))
     return [results[position] for position in range(len(rows))]

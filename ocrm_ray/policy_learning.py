@@ -240,20 +240,15 @@ class UpdateStatistics:
 
     def report(self, experience: Experience, version: int, seconds: float) -> UpdateReport:
         """The report of the update to ``version``; KLs are means over responses of k1 sums, from sampling log-probs."""
-        against_anchor = experience.sampler_logprobs - experience.anchor_logprobs
-        against_sft = experience.sampler_logprobs - experience.sft_logprobs
+        sampler = experience.sampler_logprobs
+        names = ("loss", "entropy", "clip_share", "grad_norm", "logprob_gap", "truncated_share")
         return UpdateReport(
             version=version,
-            loss=self._mean("loss"),
-            kl_anchor=float(against_anchor.sum(1).mean()),
-            kl_sft=float(against_sft.sum(1).mean()),
-            entropy=self._mean("entropy"),
-            clip_share=self._mean("clip_share"),
-            grad_norm=self._mean("grad_norm"),
-            logprob_gap=self._mean("logprob_gap"),
-            seconds=seconds,
+            kl_anchor=float((sampler - experience.anchor_logprobs).sum(1).mean()),
+            kl_sft=float((sampler - experience.sft_logprobs).sum(1).mean()),
             value_loss=self._mean("value_loss") if "value_loss" in self.sums else None,
-            truncated_share=self._mean("truncated_share"),
+            seconds=seconds,
+            **{name: self._mean(name) for name in names},
         )
 
     def _mean(self, name: str) -> float:
