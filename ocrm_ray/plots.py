@@ -115,8 +115,8 @@ def _draw_reward_model(run: Run, windows: Sequence[CorrectionWindow]) -> "Figure
         accuracy: [(row["step"], row.get("rm_accuracy")) for row in run.evaluations],
         ess: [(window.snapshot_version, window.ess_fraction) for window in windows],
     }
-    known = {texts: np.array([p for p in points if p[1] is not None], float) for texts, points in panels.items()}
-    shown = {texts: points for texts, points in known.items() if len(points)}
+    known = {texts: [point for point in points if point[1] is not None] for texts, points in panels.items()}
+    shown = {texts: np.array(points, float) for texts, points in known.items() if points}
     if not shown:
         return None
     figure, grid = _panels(1, len(shown), 2.9)
@@ -135,9 +135,9 @@ def _draw_corrections(updates: Sequence[Row], windows: Sequence[CorrectionWindow
     grid[0, 0].set(title="Rollout tokens trained on", ylabel="tokens / s", xlim=(0, None), ylim=(0, None))
     for window in windows:
         grid[0, 0].axvspan(window.started_s / 60, window.ended_s / 60, color=SHADE, linewidth=0, zorder=0)
+    grid[-1, 0].set_xlabel("minutes since the start")
     if windows:
         _draw_timeline(grid[1, 0], windows)
-    grid[-1, 0].set_xlabel("minutes since the start")
     return figure
 
 
