@@ -1,6 +1,4 @@
-"""The program ``ocrm-ray``: ``check``, ``rehearse``, ``run``, ``study``, ``report``.
-
-Light to import; commands import what they need.
+"""The program ``ocrm-ray``: light to import, commands import what they need.
 
 Exit status: 0 done; 1 a failure of the run; 2 the user's mistake, one line a problem on stderr, nothing written;
 130 interrupted.

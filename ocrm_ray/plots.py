@@ -12,7 +12,6 @@ from ocrm_ray.run_files import Column, CorrectionWindow, Row, Run, column, corre
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#B5528A", "#E69F00", "#56B4E9", "#1f2933")
@@ -24,6 +23,8 @@ REWARDS = {"gold_mean": "gold reward", "proxy_mean": "proxy reward (RM score)"}
 DISTANCES = {"step": "policy updates", "eval_kl_sft": "√KL from the SFT model (√nats)"}
 PHASES = ("ratios", "refit", "staging and step boundary")
 MAX_LABELLED = 30
+WHOLE: Mapping[str, Any] = {"nbins": 8, "steps": [1, 2, 5, 10], "integer": True}
+"""Ticks of updates and corrections."""
 NUM_SMOOTHED = 9
 
 
@@ -73,13 +74,6 @@ def _panels(num_rows: int, num_columns: int, height: float, **options: Any) -> "
     return figure, figure.subplots(num_rows, num_columns, squeeze=False, **options)
 
 
-def _count(axis: "Axis") -> None:
-    """Whole numbers only: updates, corrections."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
-
-
 def _draw_rewards(arms: Mapping[str, Sequence[Run]], windows: Sequence[CorrectionWindow]) -> "Figure":
     """Gold (if any) and proxy against updates and against the root of the KL: [1 or 2, 2] panels, arms by colour."""
     has_gold = any(run.has_gold for runs in arms.values() for run in runs)
@@ -93,7 +87,7 @@ def _draw_rewards(arms: Mapping[str, Sequence[Run]], windows: Sequence[Correctio
     for axes, window in product(grid[:, 0], windows):
         if window.policy_version is not None:
             axes.axvline(window.policy_version, color=MUTED, linewidth=0.6, linestyle=":", zorder=0)
-    _count(grid[-1, 0].xaxis)
+    grid[-1, 0].locator_params("x", **WHOLE)
     if len(arms) > 1:
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(arms), 5))
     return figure
@@ -121,8 +115,8 @@ def _draw_reward_model(run: Run, windows: Sequence[CorrectionWindow]) -> "Figure
         accuracy: [(row["step"], row.get("rm_accuracy")) for row in run.evaluations],
         ess: [(window.snapshot_version, window.ess_fraction) for window in windows],
     }
-    known = {texts: np.array([p for p in points if p[1] is not None], float) for texts, points in panels.items()}
-    shown = {texts: points for texts, points in known.items() if len(points)}
+    known = {texts: [point for point in points if point[1] is not None] for texts, points in panels.items()}
+    shown = {texts: np.array(points, float) for texts, points in known.items() if points}
     if not shown:
         return None
     figure, grid = _panels(1, len(shown), 2.9)
@@ -141,9 +135,9 @@ def _draw_corrections(updates: Sequence[Row], windows: Sequence[CorrectionWindow
     grid[0, 0].set(title="Rollout tokens trained on", ylabel="tokens / s", xlim=(0, None), ylim=(0, None))
     for window in windows:
         grid[0, 0].axvspan(window.started_s / 60, window.ended_s / 60, color=SHADE, linewidth=0, zorder=0)
+    grid[-1, 0].set_xlabel("minutes since the start")
     if windows:
         _draw_timeline(grid[1, 0], windows)
-    grid[-1, 0].set_xlabel("minutes since the start")
     return figure
 
 
@@ -157,7 +151,7 @@ def _draw_timeline(axes: "Axes", windows: Sequence[CorrectionWindow]) -> None:
         lags = [w.outcome if w.lag_steps is None else f"lag {w.lag_steps}" for w in windows]
         axes.bar_label(bars, lags, padding=5, color=MUTED, fontsize="small")
     axes.set(title="Corrections", ylabel="correction", ylim=(len(windows) + 0.6, 0.4))
-    _count(axes.yaxis)
+    axes.locator_params("y", **WHOLE)
     axes.grid(visible=False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(PHASES), borderaxespad=0)
 
@@ -177,7 +171,7 @@ def _draw_times(updates: Sequence[Row]) -> "Figure":
         if axes.lines:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     grid[-1, 0].set_xlabel(DISTANCES["step"])
-    _count(grid[-1, 0].xaxis)
+    grid[-1, 0].locator_params("x", **WHOLE)
     return figure
 
 

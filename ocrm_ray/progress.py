@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +42,7 @@ class ProgressState:
         return "  ".join(f"{name} {value:.2f}" for name, value in named if value is not None)
 
 
-class ProgressDisplay:
+class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
     """``with ProgressDisplay() as display: display.update(state)``.
 
     On a terminal the stages stay as bars; elsewhere a line is written when a stage begins and ends, and at most every
@@ -68,10 +69,6 @@ class ProgressDisplay:
             disable=not self._console.is_terminal,
         )
 
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._show_last()
         if not self._bars.disable:
@@ -81,6 +78,7 @@ class ProgressDisplay:
         """Show a state; cheap enough for every step."""
         is_new = state.title != self._state.title
         if is_new:
+            self._bars.start()
             self._show_last()
             for task in self._bars.tasks[-1:]:  # a stage ends when the next begins
                 self._bars.update(task.id, total=task.completed)
@@ -106,9 +104,7 @@ class ProgressDisplay:
 
 def duration_text(seconds: float) -> str:
     """``8.4 s``, ``45 s``, ``3 min 20 s``, ``1 h 05 min``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if round(seconds) < 60:
-        return f"{seconds:.0f} s"
     minutes, whole = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     return f"{minutes} min {whole} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

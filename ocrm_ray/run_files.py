@@ -62,7 +62,6 @@ class CorrectionWindow:
 PHASE_ENDS = {"ratios_scored": "scored_s", "refit_finished": "refitted_s"}
 OUTCOMES = {"promoted": "promoted", "correction_failed": "failed", "resumed": "cut off"}
 """By the event that ends a correction; a run that is resumed has lost it."""
-PROMOTED_FIELDS = ("reward_version", "policy_version", "ess_fraction", "lag_steps", "num_rollouts_finished")
 
 
 class JsonlWriter:
@@ -143,6 +142,6 @@ def correction_windows(run: Run) -> list[CorrectionWindow]:
         elif windows and windows[-1].outcome == "in flight":
             told: Row = {PHASE_ENDS[name]: now} if name in PHASE_ENDS else {}
             told |= {"outcome": OUTCOMES[name], "ended_s": now} if name in OUTCOMES else {}
-            told |= {key: event.get(key) for key in PROMOTED_FIELDS} if name == "promoted" else {}
+            told |= {key: event[key] for key in vars(windows[-1]).keys() & event} if name == "promoted" else {}
             vars(windows[-1]).update(told)
     return windows

@@ -88,7 +88,7 @@ async def rehearse(profile: Profile, strategy: str = "ocrm") -> Figures:
 
 
 def cells(name: str, found: Figures, without: Figures | None) -> list[str]:
-    waits = [f"{found.wait_s[what]:.3f}" for what in ("rollouts", "publishes", "corrections")]
+    waits = [f"{found.wait_s[what]:.3f}" for what in ("rollout", "publish", "correction")]
     adds = "" if without is None else f"{found.step_s / without.step_s - 1:+.2%}"
     idle = f"{max(0.0, 1 - found.busy_s['generation'] / found.step_s):.1%}"
     lags = " ".join(f"{lag}x{count}" for lag, count in sorted(found.lags.items()))
