@@ -1,6 +1,5 @@
 """A study's table, picture and page: arms compared over seeds, from the run folders of a study folder."""
 
-import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -32,18 +31,15 @@ def write_study(study_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> P
 
     Runs that are not there yet are named as missing. UserError where there is none at all.
     """
-    runs: dict[str, dict[int, Run]] = {arm: {} for arm in arms}
-    for arm, seed in itertools.product(arms, seeds):
-        folder = study_dir / arm / f"seed-{seed}"
-        if (folder / "metrics.jsonl").is_file():
-            runs[arm][seed] = read_run(folder)
+    found = {arm: [s for s in seeds if (study_dir / arm / f"seed-{s}" / "metrics.jsonl").is_file()] for arm in arms}
+    runs = {arm: {s: read_run(study_dir / arm / f"seed-{s}") for s in found[arm]} for arm in arms}
     if not any(runs.values()):
         need = "ARM/seed-N/ run folders of the study's arms and seeds"
         raise mistake(str(study_dir), "none of the study's runs", need, "run `ocrm-ray study` first")
     study = summarise_study(study_dir.resolve().name, runs, seeds)
     (study_dir / "study.json").write_text(json.dumps(study, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    save(draw_study({arm: list(found.values()) for arm, found in runs.items() if found}), study_dir / "study.png")
-    has_gold = any(run.has_gold for found in runs.values() for run in found.values())
+    save(draw_study({arm: list(of_arm.values()) for arm, of_arm in runs.items() if of_arm}), study_dir / "study.png")
+    has_gold = any(run.has_gold for of_arm in runs.values() for run in of_arm.values())
     page = render("study.html", study=study, has_gold=has_gold, columns=COLUMNS, rows=table_rows(study))
     path = study_dir / "study.html"
     path.write_text(page, encoding="utf-8")
