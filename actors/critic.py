@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from actors.training_engine import EngineSettings, TrainingEngine
-from ocrm_ray.algorithm.calibration import calibration, recentre
+from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable, pad_rows
 from ocrm_ray.config import RunConfig
 from ocrm_ray.inference import table_scores, table_values

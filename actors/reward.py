@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from actors.training_engine import EngineSettings, TrainingEngine, start_process, training_device
-from ocrm_ray.algorithm.calibration import calibration, recentre
+from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable, length_chunks
 from ocrm_ray.config import RewardTraining, RunConfig
 from ocrm_ray.inference import table_scores

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ocrm_ray.algorithm.advantages import gae, grpo_advantages, rloo_advantages, shaped_rewards, whiten
-from ocrm_ray.algorithm.kl import kl_terms
-from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss, truncated_weights
+from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss, kl_terms, truncated_weights
 from ocrm_ray.batches import PaddedBatch, SequenceTable, pad_rows
 from ocrm_ray.config import MissingEosPenalty, Policy, Rollout
 from ocrm_ray.errors import RunError
