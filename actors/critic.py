@@ -9,8 +9,7 @@ from actors.training_engine import EngineSettings, TrainingEngine
 from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable, pad_rows
 from ocrm_ray.config import RunConfig
-from ocrm_ray.inference import table_scores, table_values
-from ocrm_ray.networks import load_reward_model, response_values
+from ocrm_ray.networks import load_reward_model, response_values, table_scores, table_values
 from ocrm_ray.policy_learning import MicroBatch, value_loss
 
 

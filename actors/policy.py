@@ -18,8 +18,7 @@ from actors.training_engine import EngineSettings, TrainingEngine, start_process
 from actors.weight_transport import WeightExporter, WeightReader
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
-from ocrm_ray.inference import table_logprobs
-from ocrm_ray.networks import load_causal_lm, load_tokenizer
+from ocrm_ray.networks import load_causal_lm, load_tokenizer, table_logprobs
 from ocrm_ray.policy_learning import (
     Experience,
     MicroBatch,

@@ -12,8 +12,7 @@ from actors.training_engine import EngineSettings, TrainingEngine, start_process
 from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable, length_chunks
 from ocrm_ray.config import RewardTraining, RunConfig
-from ocrm_ray.inference import table_scores
-from ocrm_ray.networks import ScalarModel, last_token_scores, load_reward_model, load_tokenizer
+from ocrm_ray.networks import ScalarModel, last_token_scores, load_reward_model, load_tokenizer, table_scores
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import Calibration, FloatArray, IntArray, RefitReport, RefitRequest, Sequence
 from ocrm_ray.reward_learning import (

@@ -14,8 +14,7 @@ from actors.training_engine import start_process, training_device
 from actors.weight_transport import WeightReader
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
-from ocrm_ray.inference import row_sums, table_logprobs
-from ocrm_ray.networks import load_causal_lm, load_tokenizer
+from ocrm_ray.networks import load_causal_lm, load_tokenizer, row_sums, table_logprobs
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
 from ocrm_ray.reward_learning import pair_rows, pair_table

@@ -10,16 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs
+from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs, sequence_logprobs
 from ocrm_ray.attention import use_products
-from ocrm_ray.batches import PaddedBatch, SequenceTable
-from ocrm_ray.config import Dtype
+from ocrm_ray.batches import PaddedBatch, SequenceTable, cut_rows
+from ocrm_ray.config import Dtype, Pool
 from ocrm_ray.errors import RunError
-from ocrm_ray.records import Sequence
+from ocrm_ray.records import FloatArray, IntArray, Sequence
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
@@ -247,6 +248,48 @@ def response_values(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B, T]: a critic's values of the states in which the response tokens were chosen, 0 past the end."""
     values: Tensor = model(batch)
     return values[batch.predicting].masked_fill(~batch.response_mask, 0.0)
+
+
+def table_logprobs(
+    model: Any, table: SequenceTable, temperature: float, pool: Pool, rows: IntArray | None = None
+) -> list[FloatArray]:
+    """Log-probs [T] of the response of each row, or of each of ``rows``; tables go in chunks that ``pool`` bounds."""
+    return _each(model, table, rows, pool, lambda batch: response_logprobs(model, batch, temperature))
+
+
+def table_values(model: Any, table: SequenceTable, pool: Pool) -> list[FloatArray]:
+    """A critic's values [T] of the states behind each row's response tokens."""
+    return _each(model, table, None, pool, lambda batch: response_values(model, batch))
+
+
+def row_sums(model: Any, table: SequenceTable, rows: IntArray, temperature: float, pool: Pool) -> Tensor:
+    """Summed response log-probs, float32 [N] on the CPU, of table rows ``rows`` [N]."""
+
+    def sums(batch: PaddedBatch) -> Tensor:
+        return sequence_logprobs(response_logprobs(model, batch, temperature), batch.response_mask)
+
+    return torch.stack(_each(model, table, rows, pool, sums))
+
+
+def table_scores(model: Any, table: SequenceTable, pool: Pool) -> Tensor:
+    """A reward model's raw scores at the last token, float32 [N] on the CPU."""
+    return torch.stack(_each(model, table, None, pool, lambda batch: last_token_scores(model, batch)))
+
+
+@torch.no_grad()
+def _each(
+    model: Any, table: SequenceTable, rows: IntArray | None, pool: Pool, compute: Callable[[PaddedBatch], Tensor]
+) -> list[Any]:
+    """What ``compute`` gives, [B] or [B, T], for each row, or each of ``rows``, in their order and on the CPU."""
+    rows = np.arange(len(table)) if rows is None else rows
+    device = next(model.parameters()).device
+    results: dict[int, Any] = {}
+    for chunk in table.chunks(rows, pool.batch_size, pool.batch_tokens):
+        batch = table.batch(rows[chunk]).to(device)
+        values = compute(batch)
+        cut = cut_rows(values, batch.response_mask) if values.ndim == 2 else values.cpu()
+        results.update(zip(chunk, cut, strict=True))
+    return [results[position] for position in range(len(rows))]
 
 
 def _draw_head(head: nn.Linear, seed: int) -> None:
