@@ -198,7 +198,9 @@ class GenerationActor(RequestDesk):
         position = probe_position(sequence)
         token = sequence.response_ids[position]
         params = {"max_tokens": 1, "logprob_token_ids": [token]}
-        output = await self._run(self._score_id(), sequence.prompt_ids + sequence.response_ids[:position], params)
+        output = await self._run(
+            f"score-{next(self._score_ids)}", sequence.prompt_ids + sequence.response_ids[:position], params
+        )
         return float(output.outputs[0].logprobs[0][token].logprob)
 
     async def _score_afresh(self, sequence: Sequence) -> FloatArray:
@@ -206,7 +208,7 @@ class GenerationActor(RequestDesk):
         token = sequence.response_ids[-1]
         params = {"max_tokens": 1, "logprob_token_ids": [token], "prompt_logprobs": 0}
         tokens = sequence.prompt_ids + sequence.response_ids[:-1]
-        output = await self._run(self._score_id(), tokens, params)
+        output = await self._run(f"score-{next(self._score_ids)}", tokens, params)
         response = range(len(sequence.prompt_ids), len(tokens))
         values = [output.prompt_logprobs[index][tokens[index]].logprob for index in response]
         return np.array([*values, output.outputs[0].logprobs[0][token].logprob], dtype=np.float32)
@@ -224,9 +226,6 @@ class GenerationActor(RequestDesk):
             async for output in self._engine.generate(tokens_input(list(tokens)), sampling, request_id):
                 final = output
         return final
-
-    def _score_id(self) -> str:
-        return f"score-{next(self._score_ids)}"
 
 
 def _on_cpu(pool: GenerationPool) -> bool:

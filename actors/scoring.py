@@ -23,18 +23,16 @@ LIVE, SFT = "live", "sft"
 
 
 class ScoringActor:
-    """Slots: the SFT model, the live anchor (at first the SFT model itself), one staged anchor, one snapshot.
+    """Holds the SFT model, the live anchor (at first the SFT model itself), one staged anchor, one snapshot.
 
-    ``stage_anchor`` may run on a second thread: ``score`` reads a slot once.
+    ``stage_anchor`` may run on a second thread: the slots are one mapping, which ``score`` reads once.
     """
 
     def __init__(self, config: RunConfig, sft_path: str) -> None:
         self._config = config
         self._sft_path = sft_path
-        self._anchor: Any = None
-        self._staged: tuple[str, Any] | None = None
+        self._anchors: dict[str, Any] = {}
         self._snapshots: dict[int, Any] = {}
-        self._committed: str | None = None
         self._reader = WeightReader()
 
     def start(self) -> None:
@@ -43,7 +41,7 @@ class ScoringActor:
         start_process(pool.threads_per_actor, self._config.seed)
         self._tokenizer = load_tokenizer(self._sft_path, trust_remote_code=self._config.trust_remote_code)
         self._sft = self._load(self._sft_path)
-        self._anchor = self._sft
+        self._anchors = {LIVE: self._sft}
 
     def score(self, sequences: Seq[Sequence], models: Seq[str] = (LIVE, SFT)) -> list[list[FloatArray]]:
         """For each of ``models`` log-probs [T] at the rollout temperature: ``sft``, ``live`` or a promotion_id.
@@ -51,8 +49,13 @@ class ScoringActor:
         Models that are the same network are computed once.
         """
         table = SequenceTable(sequences, self._tokenizer.pad_token_id, self._config.share_prompts)
-        networks = [self._sft if model == SFT else self._network(model) for model in models]
-        rows = {id(network): self._logprobs(network, table) for network in dict.fromkeys(networks)}
+        slots, temperature = self._anchors | {SFT: self._sft}, self._config.rollout.temperature
+        assert slots.keys() >= set(models), f"no anchor in slot {set(models) - slots.keys()}"
+        networks = [slots[model] for model in models]
+        rows = {
+            id(network): table_logprobs(network, table, temperature, self._config.pools.scoring)
+            for network in dict.fromkeys(networks)
+        }
         return [rows[id(network)] for network in networks]
 
     def load_snapshot(self, weights: PolicyWeights) -> None:
@@ -77,32 +80,22 @@ class ScoringActor:
     def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
         """Load a snapshot beside the live anchor; one that is held already is shared, not copied."""
         held = self._snapshots.get(weights.version)
-        self._staged = (promotion_id, self._copy_of(weights) if held is None else held)
+        staged, live = self._copy_of(weights) if held is None else held, self._anchors[LIVE]
+        self._anchors = {name: anchor for name, anchor in self._anchors.items() if anchor is live} | {
+            promotion_id: staged
+        }
 
     def commit(self, promotion_id: str, anchor_version: int) -> None:
-        """The staged anchor, if there is one of this promotion, is live. Again: no effect."""
-        if promotion_id == self._committed:
-            return
-        if self._staged is not None and self._staged[0] == promotion_id:
-            self._anchor = self._staged[1]
-        self._committed, self._staged = promotion_id, None
+        """The staged anchor, if there is one of this promotion, is live, under both names. Again: no effect."""
+        live = self._anchors[LIVE]
+        if (staged := self._anchors.get(promotion_id, live)) is not live:
+            self._anchors = {LIVE: staged, promotion_id: staged}
         self._snapshots.clear()
 
     def close(self) -> None:
         """Free the networks."""
-        self._sft = self._anchor = self._staged = None
+        self._sft, self._anchors = None, {}
         self._snapshots.clear()
-
-    def _network(self, slot: str) -> Any:
-        """A score of a staged anchor may still be asked for when that anchor has just become the live one."""
-        staged = self._staged
-        if staged is not None and slot == staged[0]:
-            return staged[1]
-        assert slot in (LIVE, self._committed), f"no anchor in slot {slot}"
-        return self._anchor
-
-    def _logprobs(self, network: Any, table: SequenceTable) -> list[FloatArray]:
-        return table_logprobs(network, table, self._config.rollout.temperature, self._config.pools.scoring)
 
     def _load(self, path: str) -> Any:
         dtype = self._config.pools.scoring.dtype
