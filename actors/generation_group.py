@@ -5,8 +5,6 @@ urgent overtakes what waits.
 """
 
 import asyncio
-import heapq
-import itertools
 import sys
 import time
 from collections.abc import Sequence as Seq
@@ -51,8 +49,6 @@ class RayGenerationPool(RayPool):
         self.max_open_samples = sys.maxsize
         """Samples that an engine is asked for at once, unless one request alone has more."""
         self._open: dict[str, _OpenRequest] = {}
-        self._waiting: list[tuple[int, int, _OpenRequest]] = []
-        self._numbers = itertools.count()
         self._is_dispatching = False
         self._submitting: set[asyncio.Task[None]] = set()
 
@@ -60,7 +56,6 @@ class RayGenerationPool(RayPool):
         """As the protocol says; requests of one turn of the event loop reach an engine as one message."""
         assert request.request_id not in self._open, f"request {request.request_id} is open already"
         opened = self._open[request.request_id] = _OpenRequest(request, asyncio.get_running_loop().create_future())
-        heapq.heappush(self._waiting, (request.priority, next(self._numbers), opened))
         self._dispatch_soon()
         deadline_s = self.deadlines.request_s
         try:
@@ -114,7 +109,7 @@ class RayGenerationPool(RayPool):
 
     def _dispatch_soon(self) -> None:
         """At the end of this turn of the event loop, so that one message takes all that come in it."""
-        if self._waiting and not self._is_dispatching:
+        if not self._is_dispatching:
             self._is_dispatching = True
             asyncio.get_running_loop().call_soon(self._dispatch)
 
@@ -122,17 +117,15 @@ class RayGenerationPool(RayPool):
         """Give waiting requests, the most urgent first, to the engine with the fewest open samples, if it has room."""
         self._is_dispatching = False
         batches: dict[_Engine, list[GenerationRequest]] = {}
-        while self._waiting:
-            opened = self._waiting[0][-1]
+        waiting = (opened for opened in self._open.values() if opened.engine is None)
+        for opened in sorted(waiting, key=lambda opened: opened.request.priority):
             engine = min(self._engines, key=lambda engine: engine.num_open_samples)
             num_samples = opened.request.num_samples
-            if self._open.get(opened.request.request_id) is opened:
-                if engine.num_open_samples and engine.num_open_samples + num_samples > self.max_open_samples:
-                    break
-                opened.engine = engine
-                engine.num_open_samples += num_samples
-                batches.setdefault(engine, []).append(opened.request)
-            heapq.heappop(self._waiting)
+            if engine.num_open_samples and engine.num_open_samples + num_samples > self.max_open_samples:
+                break
+            opened.engine = engine
+            engine.num_open_samples += num_samples
+            batches.setdefault(engine, []).append(opened.request)
         for engine, requests in batches.items():
             task = asyncio.create_task(self._submit(engine, requests))
             self._submitting.add(task)

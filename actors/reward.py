@@ -34,15 +34,14 @@ LIVE = "live"
 class RewardServer:
     """Scores, calibrated on the frozen set; a candidate is loaded into a slot beside the live model.
 
-    ``stage`` may run on a second thread: a slot is one tuple that ``score`` reads once. ``reward_path``: the first one.
+    ``reward_path``: the first one. ``stage`` may run on a second thread: ``score`` reads the mapping of slots once.
     """
 
     config: RunConfig
     reward_path: str
 
     def __post_init__(self) -> None:
-        self._staged: tuple[str, tuple[ScalarModel, Calibration]] | None = None
-        self._committed: str | None = None
+        self._slots: dict[str, tuple[ScalarModel, Calibration]] = {}
 
     def start(self) -> None:
         """Load the first reward model and calibrate it."""
@@ -51,38 +50,30 @@ class RewardServer:
         self._pad_id = load_tokenizer(self.reward_path, trust_remote_code=config.trust_remote_code).pad_token_id
         pairs = read_pairs(config.stage_root / "pairs" / "train.jsonl")
         self._calibration_set = self._table(calibration_sequences(pairs, config.reward.num_calibration))
-        self._live = self._load(self.reward_path)
+        self._slots = {LIVE: self._load(self.reward_path)}
 
     def score(self, sequences: Seq[Sequence], slot: str = LIVE) -> FloatArray:
         """Calibrated scores [N], read at the last token; ``slot``: ``live`` or a promotion_id."""
-        model, found = self._slot(slot)
+        slots = self._slots
+        assert slot in slots, f"no reward model in slot {slot}"
+        model, found = slots[slot]
         scores = table_scores(model, self._table(sequences), self.config.pools.reward)
         return recentre(scores, found.mean, found.std, self.config.reward.scale == "calibration_std").numpy()
 
     def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
         """Load a candidate beside the live model and calibrate it."""
-        candidate = self._load(refit.path)
-        self._staged = (promotion_id, candidate)
+        candidate, live = self._load(refit.path), self._slots[LIVE]
+        self._slots = {name: held for name, held in self._slots.items() if held is live} | {promotion_id: candidate}
         return candidate[1]
 
     def commit(self, promotion_id: str, reward_version: int) -> None:
-        """The staged model, if there is one of this promotion, is live. Again: no effect."""
-        if promotion_id == self._committed:
-            return
-        if self._staged is not None and self._staged[0] == promotion_id:
-            self._live = self._staged[1]
-        self._committed, self._staged = promotion_id, None
+        """The staged model, if there is one of this promotion, is live, under both names. Again: no effect."""
+        live = self._slots[LIVE]
+        if (staged := self._slots.get(promotion_id, live)) is not live:
+            self._slots = {LIVE: staged, promotion_id: staged}
 
     def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
         return SequenceTable(sequences, self._pad_id, self.config.share_prompts)
-
-    def _slot(self, slot: str) -> tuple[ScalarModel, Calibration]:
-        """A score of a staged model may still be asked for when that model has just become the live one."""
-        staged = self._staged
-        if staged is not None and slot == staged[0]:
-            return staged[1]
-        assert slot in (LIVE, self._committed), f"no reward model in slot {slot}"
-        return self._live
 
     def _load(self, path: str | Path) -> tuple[ScalarModel, Calibration]:
         dtype = self.config.pools.reward.dtype

@@ -24,18 +24,17 @@ LIVE, SFT = "live", "sft"
 
 @dataclass(eq=False)
 class ScoringActor:
-    """Slots: the SFT model, the live anchor (at first the SFT model itself), one staged anchor, one snapshot.
+    """Holds the SFT model, the live anchor (at first the SFT model itself), one staged anchor, one snapshot.
 
-    ``stage_anchor`` may run on a second thread: ``score`` reads a slot once.
+    ``stage_anchor`` may run on a second thread: the slots are one mapping, which ``score`` reads once.
     """
 
     config: RunConfig
     sft_path: str
 
     def __post_init__(self) -> None:
-        self._staged: tuple[str, Any] | None = None
-        self._snapshot: dict[int, Any] = {}
-        self._committed: str | None = None
+        self._anchors: dict[str, Any] = {}
+        self._snapshots: dict[int, Any] = {}
         self._reader = WeightReader()
 
     def start(self) -> None:
@@ -43,7 +42,8 @@ class ScoringActor:
         pool = self.config.pools.scoring
         start_process(pool.threads_per_actor, self.config.seed)
         self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=self.config.trust_remote_code)
-        self._anchor = self._sft = self._load(self.sft_path)
+        self._sft = self._load(self.sft_path)
+        self._anchors = {LIVE: self._sft}
 
     def score(self, sequences: Seq[Sequence], models: Seq[str] = (LIVE, SFT)) -> list[list[FloatArray]]:
         """For each of ``models`` log-probs [T] at the rollout temperature: ``sft``, ``live`` or a promotion_id.
@@ -51,15 +51,19 @@ class ScoringActor:
         Models that are the same network are computed once.
         """
         table = SequenceTable(sequences, self._tokenizer.pad_token_id, self.config.share_prompts)
-        networks = [self._sft if model == SFT else self._network(model) for model in models]
-        temperature, pool = self.config.rollout.temperature, self.config.pools.scoring
-        rows = {network: table_logprobs(network, table, temperature, pool) for network in dict.fromkeys(networks)}
-        return [rows[network] for network in networks]
+        slots, temperature = self._anchors | {SFT: self._sft}, self.config.rollout.temperature
+        assert slots.keys() >= set(models), f"no anchor in slot {set(models) - slots.keys()}"
+        networks = [slots[model] for model in models]
+        rows = {
+            id(network): table_logprobs(network, table, temperature, self.config.pools.scoring)
+            for network in dict.fromkeys(networks)
+        }
+        return [rows[id(network)] for network in networks]
 
     def load_snapshot(self, weights: PolicyWeights) -> None:
         """Hold the snapshot, so that its file may go; it takes the place of an earlier one."""
-        self._snapshot = {}
-        self._snapshot = {weights.version: self._copy_of(weights)}
+        self._snapshots = {}
+        self._snapshots = {weights.version: self._copy_of(weights)}
 
     def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
         """Summed log-probs [N, 2] of (chosen, rejected) of training pairs ``indices`` [N].
@@ -69,31 +73,26 @@ class ScoringActor:
         if weights is None:
             network, temperature = self._behaviour, self.config.pairs.temperature
         else:
-            if weights.version not in self._snapshot:
+            if weights.version not in self._snapshots:
                 self.load_snapshot(weights)
-            network, temperature = self._snapshot[weights.version], self.config.rollout.temperature
+            network, temperature = self._snapshots[weights.version], self.config.rollout.temperature
         sums = row_sums(network, self._pairs, pair_rows(indices), temperature, self.config.pools.scoring)
         return np.ascontiguousarray(sums.view(2, -1).T.numpy())
 
     def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
         """Load a snapshot beside the live anchor; one that is held already is shared, not copied."""
-        self._staged = (promotion_id, self._snapshot.get(weights.version) or self._copy_of(weights))
+        held = self._snapshots.get(weights.version)
+        staged, live = self._copy_of(weights) if held is None else held, self._anchors[LIVE]
+        self._anchors = {name: anchor for name, anchor in self._anchors.items() if anchor is live} | {
+            promotion_id: staged
+        }
 
     def commit(self, promotion_id: str, anchor_version: int) -> None:
-        """The staged anchor, if there is one of this promotion, is live. Again: no effect."""
-        if promotion_id == self._committed:
-            return
-        if self._staged is not None and self._staged[0] == promotion_id:
-            self._anchor = self._staged[1]
-        self._committed, self._staged, self._snapshot = promotion_id, None, {}
-
-    def _network(self, slot: str) -> Any:
-        """A score of a staged anchor may still be asked for when that anchor has just become the live one."""
-        staged = self._staged
-        if staged is not None and slot == staged[0]:
-            return staged[1]
-        assert slot in (LIVE, self._committed), f"no anchor in slot {slot}"
-        return self._anchor
+        """The staged anchor, if there is one of this promotion, is live, under both names. Again: no effect."""
+        live = self._anchors[LIVE]
+        if (staged := self._anchors.get(promotion_id, live)) is not live:
+            self._anchors = {LIVE: staged, promotion_id: staged}
+        self._snapshots.clear()
 
     def _load(self, path: str) -> Any:
         dtype = self.config.pools.scoring.dtype

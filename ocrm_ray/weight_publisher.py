@@ -7,7 +7,7 @@ that were computed with the old weights. Each shows as a gap between the log-pro
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -164,8 +164,4 @@ class WeightPublisher:
     def _gap(self, engine: Seq[FloatArray], trainer: Seq[FloatArray]) -> Gap:
         gaps = [np.abs(a - b) for a, b in zip(engine, trainer, strict=True)]
         cached = [gap[probe_position(sequence)] for gap, sequence in zip(gaps, self._sequences, strict=True)]
-        return Gap(tokens=_mean(np.concatenate(gaps)), cached=_mean(cached))
-
-
-def _mean(values: FloatArray | Iterable[np.float32]) -> float:
-    return float(np.mean(np.asarray(values, dtype=np.float64)))
+        return Gap(*(float(np.mean(values, dtype=np.float64)) for values in (np.concatenate(gaps), cached)))

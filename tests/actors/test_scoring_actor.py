@@ -53,7 +53,7 @@ def assert_rows_close(rows, expected):
         np.testing.assert_allclose(row, other, atol=1e-5)
 
 
-def count_forwards(actor, monkeypatch):
+def count_forwards(monkeypatch):
     calls = []
     original = scoring.table_logprobs
     monkeypatch.setattr(scoring, "table_logprobs", lambda *args: calls.append(1) or original(*args))
@@ -61,7 +61,7 @@ def count_forwards(actor, monkeypatch):
 
 
 def test_first_anchor_is_the_sft_model_and_costs_no_second_forward(actor, monkeypatch):
-    calls = count_forwards(actor, monkeypatch)
+    calls = count_forwards(monkeypatch)
     anchor, sft = actor.score(SEQUENCES)
     assert len(calls) == 1
     assert_rows_close(sft, expected_rows(build_policy(tie_word_embeddings=True), SEQUENCES, TEMPERATURE))
@@ -88,7 +88,7 @@ def test_commit_again_or_of_nothing_staged_changes_nothing(actor, tmp_path):
     before, _ = actor.score(SEQUENCES)
     actor.stage_anchor("snapshot-9", published(tmp_path, version=9))
     actor.commit("snapshot-3", 3)
-    assert actor._staged is not None
+    actor.score(SEQUENCES, ("snapshot-9",))  # still staged
     actor.commit("snapshot-10", 3)
     assert_rows_close(actor.score(SEQUENCES)[0], before)
 
