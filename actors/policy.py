@@ -1,4 +1,4 @@
-"""The policy's trainer: updates, exports of its weights, and what a promotion changes in it."""
+"""The policy's trainer, for PPO with its critic: updates, exports of weights, and what a promotion changes."""
 
 import functools
 import math
@@ -12,13 +12,14 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from actors.critic import Critic
 from actors.nccl_transport import NcclExporter
 from actors.training_engine import EngineSettings, TrainingEngine, start_process
 from actors.weight_transport import WeightExporter, WeightReader
-from ocrm_ray.batches import SequenceTable
+from ocrm_ray import networks
+from ocrm_ray.algorithm.reward_scores import calibration, recentre
+from ocrm_ray.batches import SequenceTable, pad_rows
 from ocrm_ray.config import RunConfig
-from ocrm_ray.networks import load_causal_lm, load_tokenizer, table_logprobs
+from ocrm_ray.networks import table_logprobs
 from ocrm_ray.policy_learning import (
     Experience,
     MicroBatch,
@@ -30,6 +31,7 @@ from ocrm_ray.policy_learning import (
     minibatches,
     policy_loss,
     require_live_scores,
+    value_loss,
     with_old_logprobs,
 )
 from ocrm_ray.preferences import read_pairs
@@ -48,6 +50,47 @@ def _alone(method: Method) -> Method:
             return method(self, *arguments)
 
     return cast(Method, locked)
+
+
+class Critic:
+    """PPO's critic: a copy of a reward model, read at every token and trained in an engine of its own.
+
+    Values in the units of the calibrated reward: the shift (and scale) found at the start stays for good.
+    """
+
+    def __init__(self, config: RunConfig, folder: str | Path, calibration_set: SequenceTable) -> None:
+        """``folder``: the reward model to start from."""
+        self._policy = config.policy
+        self._pool = config.pools.policy
+        self._scaled = config.reward.scale == "calibration_std"
+        policy, dtype = config.policy, self._pool.dtype
+        model = networks.load_reward_model(folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        settings = EngineSettings.of(
+            policy, learning_rate=policy.critic_learning_rate, dtype=dtype, beta2=policy.adam_beta2
+        )
+        self._engine = TrainingEngine(model, settings)
+        self._mean, self._std = calibration(networks.table_scores(self._engine.forward, calibration_set, self._pool))
+
+    def values(self, table: SequenceTable) -> Tensor:
+        """Values [N, T] on the CPU of the states behind the response tokens; anything past a response's end."""
+        return self._calibrated(pad_rows(networks.table_values(self._engine.forward, table, self._pool)))
+
+    def update(self, micros: Seq[MicroBatch], factor: float) -> float:
+        """One optimiser step on a minibatch; returns its value loss."""
+
+        def loss_of(micro: MicroBatch) -> Tensor:
+            values = networks.response_values(self._engine.forward, micro.batch)
+            return value_loss(self._calibrated(values), micro, self._policy)
+
+        total = self._engine.accumulate(micros, loss_of, self._policy.value_coefficient)
+        self._engine.step(factor)
+        return total
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _calibrated(self, values: Tensor) -> Tensor:
+        return recentre(values, self._mean, self._std, self._scaled)
 
 
 @dataclass(eq=False)
@@ -80,8 +123,8 @@ class PolicyActor:
         """Load the networks and build their engines."""
         config, policy, pool = self.config, self.config.policy, self.config.pools.policy
         start_process(pool.threads_per_actor, config.seed)
-        self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=config.trust_remote_code)
-        model = load_causal_lm(self.sft_path, dtype=pool.dtype, trust_remote_code=config.trust_remote_code)
+        self._tokenizer = networks.load_tokenizer(self.sft_path, trust_remote_code=config.trust_remote_code)
+        model = networks.load_causal_lm(self.sft_path, dtype=pool.dtype, trust_remote_code=config.trust_remote_code)
         settings = EngineSettings.of(
             policy, learning_rate=policy.learning_rate, dtype=pool.dtype, beta2=policy.adam_beta2
         )
