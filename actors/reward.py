@@ -31,26 +31,25 @@ from ocrm_ray.stages import stage_paths
 LIVE = "live"
 
 
+@dataclass(eq=False)
 class RewardServer:
     """Scores, calibrated on the frozen set; a candidate is loaded into a slot beside the live model.
 
-    ``stage`` may run on a second thread: the slots are one mapping, which ``score`` reads once.
+    ``reward_path``: the first reward model. ``stage`` may run on a second thread: the slots are one mapping, which
+    ``score`` reads once.
     """
 
-    def __init__(self, config: RunConfig, reward_path: str) -> None:
-        """``reward_path``: the first reward model."""
-        self._config = config
-        self._reward_path = reward_path
-        self._slots: dict[str, tuple[ScalarModel, Calibration]] = {}
+    config: RunConfig
+    reward_path: str
 
     def start(self) -> None:
         """Load the first reward model and calibrate it."""
-        config = self._config
+        config = self.config
         start_process(config.pools.reward.threads_per_actor, config.seed)
-        self._pad_id = load_tokenizer(self._reward_path, trust_remote_code=config.trust_remote_code).pad_token_id
+        self._pad_id = load_tokenizer(self.reward_path, trust_remote_code=config.trust_remote_code).pad_token_id
         pairs = read_pairs(config.stage_root / "pairs" / "train.jsonl")
         self._calibration_set = self._table(calibration_sequences(pairs, config.reward.num_calibration))
-        self._slots = {LIVE: self._load(self._reward_path)}
+        self._slots: dict[str, tuple[ScalarModel, Calibration]] = {LIVE: self._load(self.reward_path)}
 
     def score(self, sequences: Seq[Sequence], slot: str = LIVE) -> FloatArray:
         """Calibrated scores [N], read at the last token; ``slot``: ``live`` or a promotion_id."""
@@ -58,7 +57,7 @@ class RewardServer:
         assert slot in slots, f"no reward model in slot {slot}"
         model, found = slots[slot]
         scores = self._raw_scores(model, self._table(sequences))
-        return recentre(scores, found.mean, found.std, self._config.reward.scale == "calibration_std").numpy()
+        return recentre(scores, found.mean, found.std, self.config.reward.scale == "calibration_std").numpy()
 
     def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
         """Load a candidate beside the live model and calibrate it."""
@@ -73,17 +72,17 @@ class RewardServer:
             self._slots = {LIVE: staged, promotion_id: staged}
 
     def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
-        return SequenceTable(sequences, self._pad_id, self._config.share_prompts)
+        return SequenceTable(sequences, self._pad_id, self.config.share_prompts)
 
     def _load(self, path: str | Path) -> tuple[ScalarModel, Calibration]:
-        dtype = self._config.pools.reward.dtype
-        model = load_reward_model(path, dtype=dtype, trust_remote_code=self._config.trust_remote_code)
+        dtype = self.config.pools.reward.dtype
+        model = load_reward_model(path, dtype=dtype, trust_remote_code=self.config.trust_remote_code)
         model = model.requires_grad_(False).to(training_device())
         mean, std = calibration(self._raw_scores(model, self._calibration_set))
         return model, Calibration(mean, std)
 
     def _raw_scores(self, model: ScalarModel, table: SequenceTable) -> torch.Tensor:
-        pool = self._config.pools.reward
+        pool = self.config.pools.reward
         return row_scores(model, table, np.arange(len(table)), pool.batch_size, pool.batch_tokens)
 
 
@@ -156,12 +155,14 @@ class RewardRefitter:
         engine = TrainingEngine(model, settings)
         try:
             loss = self._train_epochs(engine, request, training)
-            accuracy = self._heldout_accuracy(engine)
+            rows, pool = np.arange(len(self._heldout)), self.config.pools.reward
+            with torch.no_grad():
+                scores = row_scores(engine.forward, self._heldout, rows, pool.batch_size, pool.batch_tokens)
             engine.save(self._tokenizer, folder)
         finally:
             engine.close()
         seconds = time.perf_counter() - started
-        return RefitReport(request.reward_version, folder, loss, accuracy, seconds)
+        return RefitReport(request.reward_version, folder, loss, pair_accuracy(scores), seconds)
 
     def _train_epochs(self, engine: TrainingEngine, request: RefitRequest, training: RewardTraining) -> float:
         """Mean loss of the last epoch's pairs, each taken when it was trained on."""
@@ -192,8 +193,3 @@ class RewardRefitter:
             engine.accumulate(loss, is_last=number == len(chunks))
             total += loss.item()
         return total
-
-    def _heldout_accuracy(self, engine: TrainingEngine) -> float:
-        rows, pool = np.arange(len(self._heldout)), self.config.pools.reward
-        with torch.no_grad():
-            return pair_accuracy(row_scores(engine.forward, self._heldout, rows, pool.batch_size, pool.batch_tokens))
