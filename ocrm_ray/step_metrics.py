@@ -12,6 +12,7 @@ from ocrm_ray.rollout_scoring import ScoreVersions
 
 TRAIN = "train"
 WAITS = ("rollout_wait_s", "correction_wait_s", "publish_wait_s")
+_NO_SECTIONS = dict.fromkeys((TRAIN, *WAITS), 0.0)
 _OF_UPDATE = ("loss", "kl_sft", "kl_anchor", "entropy", "clip_share", "grad_norm", "logprob_gap")
 ROLLOUT_SCORING = "rollout_scoring"
 """Meter of the scores of rollouts alone: the scoring and reward pools also work for corrections."""
@@ -53,17 +54,13 @@ def metered(pools: Pools, clock: Callable[[], float]) -> tuple[Pools, dict[str, 
     return behind, meters
 
 
-def _no_sections() -> dict[str, float]:
-    return dict.fromkeys((TRAIN, *WAITS), 0.0)
-
-
 @dataclass(slots=True)
 class StepClock:
     """Times sections of the loop (``TRAIN`` and ``WAITS``); ``close`` ends a step and starts the next."""
 
     clock: Callable[[], float]
     meters: Mapping[str, BusyMeter]
-    section_s: dict[str, float] = field(default_factory=_no_sections)
+    section_s: dict[str, float] = field(default_factory=_NO_SECTIONS.copy)
     totals: Mapping[str, float] = field(default_factory=dict)
     started: float = 0.0
 
@@ -97,7 +94,7 @@ class StepClock:
             "train": fields.pop(TRAIN),
             "publish": busy_s[PUBLISHING],
         }
-        self.started, self.section_s, self.totals = now, _no_sections(), totals
+        self.started, self.section_s, self.totals = now, _NO_SECTIONS.copy(), totals
         return {**fields, "step_s": step_s, "idle_share": {pool: idle_share[pool] for pool in POOLS}}
 
 
