@@ -3,16 +3,13 @@
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from actors.training_engine import EngineSettings, TrainingEngine
-from ocrm_ray.algorithm.calibration import calibration, recentre
+from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable, pad_rows
 from ocrm_ray.config import RunConfig
-from ocrm_ray.inference import row_scores, table_values
-from ocrm_ray.networks import load_reward_model, response_values
+from ocrm_ray.networks import load_reward_model, response_values, table_scores, table_values
 from ocrm_ray.policy_learning import MicroBatch, value_loss
 
 
@@ -24,23 +21,13 @@ class Critic:
         self._policy = config.policy
         self._pool = config.pools.policy
         self._scaled = config.reward.scale == "calibration_std"
-        dtype = self._pool.dtype
+        policy, dtype = config.policy, self._pool.dtype
         model = load_reward_model(folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
-        settings = EngineSettings(
-            learning_rate=self._policy.critic_learning_rate,
-            max_grad_norm=self._policy.max_grad_norm,
-            zero_stage=self._policy.zero_stage,
-            dtype=dtype,
-            beta2=self._policy.adam_beta2,
-            checkpointing=self._policy.gradient_checkpointing,
+        settings = EngineSettings.of(
+            policy, learning_rate=policy.critic_learning_rate, dtype=dtype, beta2=policy.adam_beta2
         )
         self._engine = TrainingEngine(model, settings)
-        rows = np.arange(len(calibration_set))
-        with torch.no_grad():
-            scores = row_scores(
-                self._engine.forward, calibration_set, rows, self._pool.batch_size, self._pool.batch_tokens
-            )
-        self._mean, self._std = calibration(scores)
+        self._mean, self._std = calibration(table_scores(self._engine.forward, calibration_set, self._pool))
 
     def values(self, table: SequenceTable) -> Tensor:
         """Values [N, T] on the CPU of the states behind the response tokens; anything past a response's end."""
@@ -48,11 +35,12 @@ class Critic:
 
     def update(self, micros: Seq[MicroBatch], factor: float) -> float:
         """One optimiser step on a minibatch; returns its value loss."""
-        total = 0.0
-        for number, micro in enumerate(micros, start=1):
-            loss = value_loss(self._calibrated(response_values(self._engine.forward, micro.batch)), micro, self._policy)
-            self._engine.accumulate(self._policy.value_coefficient * loss, is_last=number == len(micros))
-            total += loss.item()
+
+        def loss_of(micro: MicroBatch) -> Tensor:
+            values = response_values(self._engine.forward, micro.batch)
+            return value_loss(self._calibrated(values), micro, self._policy)
+
+        total = self._engine.accumulate(micros, loss_of, self._policy.value_coefficient)
         self._engine.step(factor)
         return total
 

@@ -14,24 +14,19 @@ from ocrm_ray.records import EvaluationReport, Prompt
 
 @dataclass(eq=False)
 class EvaluationActor:
-    """Scores responses with gold, to label pairs (``gold``) and to measure the policy (``evaluate``).
-
-    ``prompts``: those that every ``evaluate`` measures, in order; none are needed for labelling. ``sft_gold``: gold of
-    the first evaluation's responses, where a resumed run knows it already.
-    """
+    """Scores responses with gold, to label pairs (``gold``) and to measure the policy (``evaluate``)."""
 
     config: RunConfig
     tokenizer_path: str
     prompts: Seq[Prompt]
-    sft_gold: Seq[float] | None = None
+    """Those that every ``evaluate`` measures, in order; none are needed for labelling."""
 
     def start(self) -> None:
         """Load gold and the tokenizer. Raises UserError if gold cannot be loaded."""
         config, trust = self.config, self.config.trust_remote_code
         tokenizer = load_tokenizer(self.tokenizer_path, trust_remote_code=trust)
-        self._gold = load_gold(config.gold, config.world, trust_remote_code=trust)
-        num_saved = config.evaluation.num_samples_saved
-        self._evaluator = HeldoutEvaluator(self.prompts, tokenizer, self._gold, num_saved, self.sft_gold)
+        gold = load_gold(config.gold, config.world, trust_remote_code=trust)
+        self._evaluator = HeldoutEvaluator(self.prompts, tokenizer, gold, config.evaluation.num_samples_saved)
 
     def evaluate(self, *measured: Any) -> tuple[EvaluationReport, list[SampleRow]]:
         """As ``HeldoutEvaluator.evaluate``, with the seconds that it took."""
@@ -41,5 +36,5 @@ class EvaluationActor:
 
     def gold(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
         """Gold scores [N] of the responses."""
-        assert self._gold is not None, "labels and gold scores need a gold scorer"
-        return self._gold(prompts, responses, references)
+        assert self._evaluator.gold is not None, "labels and gold scores need a gold scorer"
+        return self._evaluator.gold(prompts, responses, references)

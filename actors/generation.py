@@ -43,7 +43,7 @@ def engine_environment(pool: GenerationPool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
-    return common | {"TORCHDYNAMO_DISABLE": "1"} if _on_cpu(pool) else common
+    return common | {"TORCHDYNAMO_DISABLE": "1"} if pool.gpus_per_actor == 0 else common
 
 
 @dataclass(eq=False)
@@ -92,7 +92,7 @@ class GenerationActor(RequestDesk):
         if the engine cannot take the weights: before the pause it goes on with the old ones, later it stays paused.
         """
         started = time.monotonic()
-        with _refusal_named(weights.version):
+        with _named(f"the engine could not take version {weights.version}"):
             local = await self._local_copy.fetch(weights)
             fetched = time.monotonic()
             checked_s, repack_s = await self._prepare(local)
@@ -106,14 +106,8 @@ class GenerationActor(RequestDesk):
             await self._engine.update_weight_version(str(weights.version))
             await self._engine.resume_generation()
         ended = time.monotonic()
-        return PublishReport(
-            version=weights.version,
-            num_bytes=weights.num_bytes,
-            seconds=ended - started,
-            pause_s=ended - paused,
-            transfer_s=fetched - started + checked_s,
-            repack_s=repack_s,
-        )
+        transfer_s, seconds, pause_s = fetched - started + checked_s, ended - started, ended - paused
+        return PublishReport(weights.version, weights.num_bytes, seconds, pause_s, transfer_s, repack_s)
 
     async def score(self, sequences: list[Sequence]) -> list[FloatArray]:
         """Log-probs [T] of the responses at temperature 1.
@@ -141,7 +135,7 @@ class GenerationActor(RequestDesk):
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        on_cpu = _on_cpu(self._pool)
+        on_cpu = self._pool.gpus_per_actor == 0
         return AsyncEngineArgs(
             model=self.model_path,
             dtype=self._pool.dtype,
@@ -191,84 +185,62 @@ class GenerationActor(RequestDesk):
             "logprobs": 0,
             "flat_logprobs": True,
         }
-        output = await self._run(request.request_id, request.prompt.token_ids, params)
+        output = await self._run(request.prompt.token_ids, params, request.request_id)
         return tuple(_sample_of(request, completion) for completion in output.outputs)
 
     async def _score_cached(self, sequence: Sequence) -> float:
         position = probe_position(sequence)
-        token = sequence.response_ids[position]
-        params = {"max_tokens": 1, "logprob_token_ids": [token]}
-        output = await self._run(
-            f"score-{next(self._score_ids)}", sequence.prompt_ids + sequence.response_ids[:position], params
-        )
-        return float(output.outputs[0].logprobs[0][token].logprob)
+        params = {"max_tokens": 1, "logprob_token_ids": [sequence.response_ids[position]]}
+        output = await self._run(sequence.prompt_ids + sequence.response_ids[:position], params)
+        return float(output.outputs[0].logprobs[0][sequence.response_ids[position]].logprob)
 
     async def _score_afresh(self, sequence: Sequence) -> FloatArray:
         """The last token is scored as a continuation: a prompt of ``max_model_len`` tokens would be refused."""
         token = sequence.response_ids[-1]
         params = {"max_tokens": 1, "logprob_token_ids": [token], "prompt_logprobs": 0}
         tokens = sequence.prompt_ids + sequence.response_ids[:-1]
-        output = await self._run(f"score-{next(self._score_ids)}", tokens, params)
+        output = await self._run(tokens, params)
         response = range(len(sequence.prompt_ids), len(tokens))
         values = [output.prompt_logprobs[index][tokens[index]].logprob for index in response]
         return np.array([*values, output.outputs[0].logprobs[0][token].logprob], dtype=np.float32)
 
-    async def _run(self, request_id: str, tokens: tuple[int, ...], params: dict[str, Any]) -> Any:
-        """One request to vLLM; its final output. Raises ActorDiedError if the engine is dead."""
+    async def _run(self, tokens: tuple[int, ...], params: dict[str, Any], request_id: str | None = None) -> Any:
+        """One request to vLLM; its final output. RunError if it fails, ActorDiedError if the engine is dead."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
+        request_id = request_id or f"score-{next(self._score_ids)}"
         assert tokens, f"request {request_id} has an empty prompt"
         sampling = SamplingParams(**params, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         final = None
-        with _death_named():
+        with _named(f"request {request_id}"):
             async for output in self._engine.generate(tokens_input(list(tokens)), sampling, request_id):
                 final = output
         return final
-
-
-def _on_cpu(pool: GenerationPool) -> bool:
-    return pool.gpus_per_actor == 0
 
 
 def _sample_of(request: GenerationRequest, completion: Any) -> Sample:
     """vLLM keeps the EOS that ended a response in ``token_ids``; every EOS of the model's folder ends with "stop"."""
     if completion.finish_reason not in ("stop", "length"):
         raise RunError(f"request {request.request_id}: vLLM ended it with {completion.finish_reason!r}")
-    spans = completion.weight_versions
-    logprobs = completion.logprobs
-    sequence = Sequence(
-        prompt_ids=request.prompt.token_ids,
-        response_ids=tuple(completion.token_ids),
-        has_eos=completion.finish_reason == "stop",
-    )
-    return Sample(
-        sequence=sequence,
-        logprobs=np.array([logprobs.logprobs[start] for start in logprobs.start_indices], dtype=np.float32),
-        first_version=int(spans[0].version),
-        last_version=int(spans[-1].version),
-    )
+    spans, logprobs = completion.weight_versions, completion.logprobs
+    values = np.array([logprobs.logprobs[start] for start in logprobs.start_indices], dtype=np.float32)
+    has_eos = completion.finish_reason == "stop"
+    sequence = Sequence(request.prompt.token_ids, tuple(completion.token_ids), has_eos)
+    return Sample(sequence, values, first_version=int(spans[0].version), last_version=int(spans[-1].version))
 
 
 @contextlib.contextmanager
-def _refusal_named(version: int) -> Iterator[None]:
-    """Turn what vLLM raises for a failure in a worker, a plain Exception, into ours."""
-    try:
-        with _death_named():
-            yield
-    except RunError:
-        raise
-    except Exception as error:
-        raise RunError(f"the engine could not take version {version}: {error}") from error
-
-
-@contextlib.contextmanager
-def _death_named() -> Iterator[None]:
-    """Turn vLLM's report that its processes are gone into ours, which survives pickling."""
+def _named(failure: str) -> Iterator[None]:
+    """Turn what vLLM raises, which does not survive pickling, into ours: a report that its processes are gone too."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
         yield
     except EngineDeadError as error:
         raise ActorDiedError("the vLLM engine died: its log is in this actor's standard error") from error
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(f"{failure}: {error!r}") from error

@@ -13,8 +13,7 @@ import numpy as np
 
 from actors.ray_pool import RayPool
 from actors.remote_actor import call_all
-from ocrm_ray.cluster import Cluster
-from ocrm_ray.pools import Evaluator, PolicyPool, RewardPool, ScoringPool
+from ocrm_ray.pools import Cluster, Evaluator, PolicyPool, RewardPool, ScoringPool
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
 
 PAIR_CHUNK = 512
@@ -80,7 +79,6 @@ class RayScoringPool(RayPool):
     """``ScoringPool`` over ``ScoringActor``s: a batch is spread over all but the last, which scores pairs."""
 
     name = "scoring"
-    farewell = "close"
 
     stage_anchor = asks(ScoringPool.stage_anchor, ALL_BUT_LAST)
     commit = asks(ScoringPool.commit, ALL_BUT_LAST)

@@ -21,6 +21,7 @@ class CoordinatorPool(RayPool):
     """The one actor that holds the coordinator."""
 
     name = "coordinator"
+    farewell = "stop"
 
 
 def run(config: RunConfig, resume: bool) -> str:

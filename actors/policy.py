@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
+from torch import Tensor
 
 from actors.critic import Critic
 from actors.nccl_transport import NcclExporter
@@ -17,8 +18,7 @@ from actors.training_engine import EngineSettings, TrainingEngine, start_process
 from actors.weight_transport import WeightExporter, WeightReader
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
-from ocrm_ray.inference import table_logprobs
-from ocrm_ray.networks import load_causal_lm, load_tokenizer
+from ocrm_ray.networks import load_causal_lm, load_tokenizer, table_logprobs
 from ocrm_ray.policy_learning import (
     Experience,
     MicroBatch,
@@ -33,7 +33,7 @@ from ocrm_ray.policy_learning import (
     with_old_logprobs,
 )
 from ocrm_ray.preferences import read_pairs
-from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
+from ocrm_ray.records import FloatArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
 from ocrm_ray.reward_learning import calibration_sequences
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -50,84 +50,74 @@ def _alone(method: Method) -> Method:
     return cast(Method, locked)
 
 
+@dataclass(eq=False)
 class PolicyActor:
     """The policy in a DeepSpeed engine, for PPO with its critic. Versions count updates; version 0 is the SFT model.
 
     Calls that share the engine wait for each other; ``release_weights`` and ``send_weights`` run beside them.
+
+    ``reward_path``: the first reward model, which PPO's critic starts from. ``exports_dir``: shared memory for exported
+    weights; None: they go through Ray's object store. ``by_nccl``: engines get them so.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        sft_path: str,
-        reward_path: str | None,
-        run_dir: Path,
-        exports_dir: Path | None,
-        by_nccl: bool = False,
-    ) -> None:
-        """``reward_path``: the first reward model, which PPO's critic starts from. ``exports_dir``: shared memory for
-        exported weights; None: they go through Ray's object store. ``by_nccl``: engines get them so."""
-        self._config = config
-        self._sft_path = sft_path
-        self._reward_path = reward_path
-        self._run_dir = run_dir
-        self._exports_dir = exports_dir
-        self._by_nccl = by_nccl
+    config: RunConfig
+    sft_path: str
+    reward_path: str | None
+    run_dir: Path
+    exports_dir: Path | None
+    by_nccl: bool = False
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._reader = WeightReader()
-        self._version = 0
-        self._num_scheduled = 0
+        self._version = self._num_scheduled = self._reward_version = self._anchor_version = 0
         self._gap = math.inf
-        self._reward_version = 0
-        self._anchor_version = 0
         self._critic: Critic | None = None
         self._staged: tuple[str, Critic] | None = None
         self._committed: str | None = None
 
     def start(self) -> None:
         """Load the networks and build their engines."""
-        config, pool = self._config, self._config.pools.policy
+        config, policy, pool = self.config, self.config.policy, self.config.pools.policy
         start_process(pool.threads_per_actor, config.seed)
-        self._tokenizer = load_tokenizer(self._sft_path, trust_remote_code=config.trust_remote_code)
-        model = load_causal_lm(self._sft_path, dtype=pool.dtype, trust_remote_code=config.trust_remote_code)
-        settings = EngineSettings(
-            learning_rate=config.policy.learning_rate,
-            max_grad_norm=config.policy.max_grad_norm,
-            zero_stage=config.policy.zero_stage,
-            dtype=pool.dtype,
-            beta2=config.policy.adam_beta2,
-            checkpointing=config.policy.gradient_checkpointing,
+        self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=config.trust_remote_code)
+        model = load_causal_lm(self.sft_path, dtype=pool.dtype, trust_remote_code=config.trust_remote_code)
+        settings = EngineSettings.of(
+            policy, learning_rate=policy.learning_rate, dtype=pool.dtype, beta2=policy.adam_beta2
         )
         self._engine = TrainingEngine(model, settings)
-        self._exporter = self._make_exporter()
-        if config.policy.algorithm == "ppo":
-            assert self._reward_path is not None, "PPO's critic starts from the reward model"
-            self._critic = self._make_critic(self._reward_path)
+        self._exporter: WeightExporter
+        with self._engine.weights() as tensors:
+            layout = self.exports_dir, tensors, config.publish.checksum
+            self._exporter = NcclExporter(*layout, config.pools.generation) if self.by_nccl else WeightExporter(*layout)
+        if policy.algorithm == "ppo":
+            assert self.reward_path is not None, "PPO's critic starts from the reward model"
+            self._critic = self._make_critic(self.reward_path)
 
     @_alone
     def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
         """One policy update, v -> v + 1. RunError: scores of other than the live reward model and anchor."""
         started = time.perf_counter()
         require_live_scores(rollouts, self._reward_version, self._anchor_version)
-        policy = self._config.policy
-        experience = collect_experience(rollouts, self._tokenizer.pad_token_id, self._config.share_prompts)
+        policy = self.config.policy
+        experience = collect_experience(rollouts, self._tokenizer.pad_token_id, self.config.share_prompts)
         if policy.num_epochs * policy.num_minibatches > 1:
             is_exact = (experience.versions == self._version) & (self._gap <= policy.reuse_logprobs_within)
-            compute = functools.partial(self._old_logprobs, experience.table)
+            temperature, pool = self.config.rollout.temperature, self.config.pools.policy
+            compute = functools.partial(table_logprobs, self._engine.forward, experience.table, temperature, pool)
             experience = with_old_logprobs(experience, is_exact, compute)
         values = self._critic.values(experience.table) if self._critic else None
-        targets = build_targets(experience, policy, self._config.rollout, values)
+        targets = build_targets(experience, policy, self.config.rollout, values)
         statistics = UpdateStatistics()
         for epoch in range(policy.num_epochs):
-            seed = (self._config.seed, self._version, epoch)
+            seed = (self.config.seed, self._version, epoch)
             for rows in minibatches(len(experience.table), policy.num_minibatches, seed):
-                cut = micro_batches(experience, targets, rows, policy, self._engine.device)
-                if micros := list(cut):
+                if micros := list(micro_batches(experience, targets, rows, policy, self._engine.device)):
                     self._learn(micros, experience, statistics, is_first_epoch=epoch == 0)
         self._version += 1
         self._num_scheduled += 1
         report = statistics.report(experience, self._version, time.perf_counter() - started)
-        self._gap = report.logprob_gap if statistics.num_gap_tokens else self._gap
+        self._gap = report.logprob_gap if statistics.weights["logprob_gap"] else self._gap
         return report
 
     @_alone
@@ -147,7 +137,7 @@ class PolicyActor:
     @_alone
     def logprobs(self, sequences: Seq[Sequence]) -> list[FloatArray]:
         """Log-probs [T] of the responses at temperature 1."""
-        return table_logprobs(self._engine.forward, self._table(sequences), 1.0, self._config.pools.policy)
+        return table_logprobs(self._engine.forward, self._table(sequences), 1.0, self.config.pools.policy)
 
     @_alone
     def stage(self, promotion_id: str, refit: RefitReport | None) -> None:
@@ -156,7 +146,7 @@ class PolicyActor:
             # Left by a correction that failed later on, or by the same call made before.
             self._staged[1].close()
             self._staged = None
-        if refit is not None and self._critic is not None and self._config.correction.critic_on_promote == "reinit":
+        if refit is not None and self._critic is not None and self.config.correction.critic_on_promote == "reinit":
             self._staged = (promotion_id, self._make_critic(refit.path))
 
     @_alone
@@ -168,7 +158,7 @@ class PolicyActor:
             assert self._critic is not None
             self._critic.close()
             self._critic, self._staged = self._staged[1], None
-        if self._config.correction.reset_optimizer:
+        if self.config.correction.reset_optimizer:
             self._engine.reset_optimizer()
             self._num_scheduled = 0
         self._reward_version, self._anchor_version = reward_version, anchor_version
@@ -178,11 +168,11 @@ class PolicyActor:
     def save(self, name: str, weights: PolicyWeights | None = None) -> None:
         """Write the policy, as it is or as it was exported, as Hugging Face folder ``name`` in the run folder."""
         if weights is None:
-            self._engine.save(self._tokenizer, self._run_dir / name)
+            self._engine.save(self._tokenizer, self.run_dir / name)
             return
         with self._reader.read(weights) as tensors:
             state = {key: tensor.clone() for key, tensor in tensors.items()}
-            self._engine.save(self._tokenizer, self._run_dir / name, state)
+            self._engine.save(self._tokenizer, self.run_dir / name, state)
 
     def close(self) -> None:
         """Free the engines."""
@@ -196,40 +186,30 @@ class PolicyActor:
     ) -> None:
         """One optimiser step on a minibatch, of the critic too."""
         # What a sampler's log-probs are compared with must come from weights that this update has not changed.
-        is_untouched = not statistics.losses
-        policy, rollout = self._config.policy, self._config.rollout
-        sums = torch.zeros(3, device=self._engine.device)
-        for number, micro in enumerate(micros, start=1):
+        is_untouched = "loss" not in statistics.sums
+        policy, rollout = self.config.policy, self.config.rollout
+
+        def loss_of(micro: MicroBatch) -> Tensor:
             logprobs, entropy = self._engine.forward(micro.batch, rollout.temperature, is_first_epoch)
             if entropy is not None:
-                statistics.add_entropy(entropy, micro)
+                statistics.add(micro.batch.response_mask.sum(), entropy=entropy.sum())
             if is_untouched:
                 statistics.add_gap(logprobs, micro, experience, self._version)
-            loss, *shares = policy_loss(logprobs, micro, policy, rollout.importance_cap)
-            self._engine.accumulate(loss, is_last=number == len(micros))
-            sums += torch.stack((loss.detach(), *shares))
-        period = self._config.correction.every if self._config.correction.reset_optimizer else policy.num_updates
+            loss, clip_share, truncated_share = policy_loss(logprobs, micro, policy, rollout.importance_cap)
+            statistics.add(micro.share, loss=loss, clip_share=clip_share, truncated_share=truncated_share)
+            return loss
+
+        self._engine.accumulate(micros, loss_of)
+        period = self.config.correction.every if self.config.correction.reset_optimizer else policy.num_updates
         factor = learning_rate_factor(self._num_scheduled, policy, period)
-        statistics.grad_norms.append(self._engine.step(factor))
-        statistics.add_step(sums.tolist())
+        statistics.add(1, grad_norm=self._engine.step(factor))
         if self._critic is not None:
-            statistics.value_losses.append(self._critic.update(micros, factor))
-
-    def _old_logprobs(self, table: SequenceTable, rows: IntArray) -> list[FloatArray]:
-        temperature = self._config.rollout.temperature
-        return table_logprobs(self._engine.forward, table, temperature, self._config.pools.policy, rows)
-
-    def _make_exporter(self) -> WeightExporter:
-        checksum = self._config.publish.checksum
-        with self._engine.weights() as tensors:
-            if self._by_nccl:
-                return NcclExporter(self._exports_dir, tensors, checksum, self._config.pools.generation)
-            return WeightExporter(self._exports_dir, tensors, checksum)
+            statistics.add(1, value_loss=self._critic.update(micros, factor))
 
     def _make_critic(self, folder: str | Path) -> Critic:
-        pairs = read_pairs(self._config.stage_root / "pairs" / "train.jsonl")
-        sequences = calibration_sequences(pairs, self._config.reward.num_calibration)
-        return Critic(self._config, folder, self._table(sequences))
+        pairs = read_pairs(self.config.stage_root / "pairs" / "train.jsonl")
+        sequences = calibration_sequences(pairs, self.config.reward.num_calibration)
+        return Critic(self.config, folder, self._table(sequences))
 
     def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
-        return SequenceTable(sequences, self._tokenizer.pad_token_id, self._config.share_prompts)
+        return SequenceTable(sequences, self._tokenizer.pad_token_id, self.config.share_prompts)

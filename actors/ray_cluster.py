@@ -15,11 +15,9 @@ from actors.generation_group import RayGenerationPool
 from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
 from actors.ray_pool import RayPool, plan_bundles
 from actors.remote_actor import ActorSpec
-from ocrm_ray.cluster import Show
 from ocrm_ray.config import RunConfig
-from ocrm_ray.machine import pools_by_name
 from ocrm_ray.networks import context_length
-from ocrm_ray.pools import Pools
+from ocrm_ray.pools import Pools, Show
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.prompts import read_prompts
 from ocrm_ray.records import FloatArray, GenerationRequest, RefitReport, Sample
@@ -65,9 +63,10 @@ class RayCluster:
         self._shared_memory = shared_memory
         self._started: dict[str, asyncio.Task[RayPool]] = {}
 
-    async def train_sft(self, show: Show) -> None:
+    async def train_sft(self, show: Show) -> dict[str, object]:
         arguments = self.paths.policy_base, self.paths.root / "data" / "prompts.jsonl", Path(self.paths.sft)
-        await self._train(self._spec("sft", "actors.sft:SftActor", "policy", *arguments), "train", "policy", show)
+        spec = self._spec("sft", "actors.sft:SftActor", "policy", *arguments)
+        return {"loss": await self._train(spec, "train", "policy", show)}
 
     async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
         return await (await self._generation()).generate(request)
@@ -183,12 +182,12 @@ class RayCluster:
         return [replace(spec, concurrency=2) for spec in specs]
 
     def _spec(self, role: str, path: str, pool: str, *arguments: Any) -> ActorSpec:
-        threads = pools_by_name(self.config)[pool].threads_per_actor
+        threads = getattr(self.config.pools, pool).threads_per_actor
         return ActorSpec(role, path, (self.config, *arguments), threads)
 
     def _shares_cores(self, pool: str) -> bool:
         """Whether a correction's work would take cores from rollouts and training."""
-        return pools_by_name(self.config)[pool].gpus_per_actor == 0 and sys.platform == "linux"
+        return getattr(self.config.pools, pool).gpus_per_actor == 0 and sys.platform == "linux"
 
 
 class RunActor:
@@ -199,16 +198,26 @@ class RunActor:
         self._config = config
         self._cluster = RayCluster(config, shared_memory)
         self._state = ProgressState(stage="start")
+        self._running: asyncio.Task[dict[str, object]] | None = None
+        self._ended = asyncio.Event()
 
     async def start(self) -> None:
         """Nothing to load."""
 
     async def run(self) -> dict[str, object]:
         """The whole run; returns its summary. Whatever happens, the pools are ended."""
+        self._running = asyncio.create_task(run_to_the_end(self._config, self._cluster, self._show))
         try:
-            return await run_to_the_end(self._config, self._cluster, self._show)
+            return await self._running
         finally:
             await self._cluster.close()
+            self._ended.set()
+
+    async def stop(self) -> None:
+        """End a run that goes on: engines that are only killed leave shared memory behind."""
+        if self._running is not None:
+            self._running.cancel()
+            await self._ended.wait()
 
     async def progress(self) -> ProgressState:
         """Where the run is now."""

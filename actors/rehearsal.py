@@ -17,12 +17,11 @@ from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec, call_all
 from actors.session import ray_session
 from actors.timed import NUM_PAIRS
-from ocrm_ray.cluster import Show
 from ocrm_ray.config import RunConfig
 from ocrm_ray.coordinator import Coordinator, TrainingData
 from ocrm_ray.correction import PairData
 from ocrm_ray.cost import prompt_tokens
-from ocrm_ray.pools import Pools
+from ocrm_ray.pools import Pools, Show
 from ocrm_ray.progress import ProgressDisplay
 from ocrm_ray.records import Prompt, Sequence
 from ocrm_ray.rehearsal import Booked, Figures, figure_lines, figures
@@ -65,14 +64,13 @@ def actor_specs(config: RunConfig) -> dict[type[RayPool], list[ActorSpec]]:
         RayScoringPool: ["TimedScorer"] * (pools.scoring.num_actors + 1),
         RayRewardPool: [*["TimedServer"] * pools.reward.num_actors, "TimedRefitter"],
     }
-    sections, seeds = (config.rehearsal, config.rollout), itertools.count(1000 * config.seed)
-    return {
-        kind: [
-            ActorSpec(f"{kind.name}-{number}", f"actors.timed:{name}", (*sections, next(seeds)), 1, asynchronous=True)
-            for number, name in enumerate(names)
-        ]
-        for kind, names in actors.items()
-    }
+    seeds = itertools.count(1000 * config.seed)
+
+    def spec(role: str, name: str) -> ActorSpec:
+        arguments = config.rehearsal, config.rollout, next(seeds)
+        return ActorSpec(role, f"actors.timed:{name}", arguments, threads=1, asynchronous=True)
+
+    return {kind: [spec(f"{kind.name}-{i}", name) for i, name in enumerate(names)] for kind, names in actors.items()}
 
 
 async def rehearse_over(config: RunConfig, pools: list[RayPool], folder: Path, show: Show) -> Figures:

@@ -125,9 +125,12 @@ class RemoteActor:
     async def watch(self, method: str, tell: Callable[[Any], None], deadline_s: float) -> Any:
         """Answer of ``method``, however long it takes; meanwhile ``tell`` gets what ``progress`` answers."""
         running = asyncio.ensure_future(self.call(method, deadline_s=None))
-        while not (await asyncio.wait({running}, timeout=PROGRESS_S))[0]:
-            tell(await self.call("progress", deadline_s=deadline_s))
-        return await running
+        try:
+            while not (await asyncio.wait({running}, timeout=PROGRESS_S))[0]:
+                tell(await self.call("progress", deadline_s=deadline_s))
+            return await running
+        finally:
+            running.cancel()
 
     def kill(self) -> None:
         """End the process at once."""

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from actors.training_engine import EngineSettings, TrainingEngine, start_process, training_device
-from ocrm_ray.algorithm.calibration import calibration, recentre
+from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable, length_chunks
 from ocrm_ray.config import RewardTraining, RunConfig
-from ocrm_ray.inference import row_scores
-from ocrm_ray.networks import ScalarModel, load_reward_model, load_tokenizer
+from ocrm_ray.networks import ScalarModel, last_token_scores, load_reward_model, load_tokenizer, table_scores
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import Calibration, FloatArray, IntArray, RefitReport, RefitRequest, Sequence
 from ocrm_ray.reward_learning import (
@@ -35,12 +34,14 @@ LIVE = "live"
 class RewardServer:
     """Scores, calibrated on the frozen set; a candidate is loaded into a slot beside the live model.
 
-    ``reward_path``: the first reward model. ``stage`` may run on a second thread: the slots are one mapping, which
-    ``score`` reads once.
+    ``reward_path``: the first one. ``stage`` may run on a second thread: ``score`` reads the mapping of slots once.
     """
 
     config: RunConfig
     reward_path: str
+
+    def __post_init__(self) -> None:
+        self._slots: dict[str, tuple[ScalarModel, Calibration]] = {}
 
     def start(self) -> None:
         """Load the first reward model and calibrate it."""
@@ -49,14 +50,14 @@ class RewardServer:
         self._pad_id = load_tokenizer(self.reward_path, trust_remote_code=config.trust_remote_code).pad_token_id
         pairs = read_pairs(config.stage_root / "pairs" / "train.jsonl")
         self._calibration_set = self._table(calibration_sequences(pairs, config.reward.num_calibration))
-        self._slots: dict[str, tuple[ScalarModel, Calibration]] = {LIVE: self._load(self.reward_path)}
+        self._slots = {LIVE: self._load(self.reward_path)}
 
     def score(self, sequences: Seq[Sequence], slot: str = LIVE) -> FloatArray:
         """Calibrated scores [N], read at the last token; ``slot``: ``live`` or a promotion_id."""
         slots = self._slots
         assert slot in slots, f"no reward model in slot {slot}"
         model, found = slots[slot]
-        scores = self._raw_scores(model, self._table(sequences))
+        scores = table_scores(model, self._table(sequences), self.config.pools.reward)
         return recentre(scores, found.mean, found.std, self.config.reward.scale == "calibration_std").numpy()
 
     def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
@@ -78,12 +79,8 @@ class RewardServer:
         dtype = self.config.pools.reward.dtype
         model = load_reward_model(path, dtype=dtype, trust_remote_code=self.config.trust_remote_code)
         model = model.requires_grad_(False).to(training_device())
-        mean, std = calibration(self._raw_scores(model, self._calibration_set))
+        mean, std = calibration(table_scores(model, self._calibration_set, self.config.pools.reward))
         return model, Calibration(mean, std)
-
-    def _raw_scores(self, model: ScalarModel, table: SequenceTable) -> torch.Tensor:
-        pool = self.config.pools.reward
-        return row_scores(model, table, np.arange(len(table)), pool.batch_size, pool.batch_tokens)
 
 
 @dataclass(eq=False)
@@ -144,25 +141,22 @@ class RewardRefitter:
         dtype = self.config.pools.reward.dtype
         trust = self.config.trust_remote_code
         model = load_reward_model(initial, dtype=dtype, trust_remote_code=trust, head_seed=self.config.seed)
-        settings = EngineSettings(
+        settings = EngineSettings.of(
+            self.config.policy,
             learning_rate=training.learning_rate,
             max_grad_norm=training.max_grad_norm,
-            zero_stage=self.config.policy.zero_stage,
             dtype=dtype,
             weight_decay=training.weight_decay,
-            checkpointing=self.config.policy.gradient_checkpointing,
         )
         engine = TrainingEngine(model, settings)
         try:
             loss = self._train_epochs(engine, request, training)
-            rows, pool = np.arange(len(self._heldout)), self.config.pools.reward
-            with torch.no_grad():
-                scores = row_scores(engine.forward, self._heldout, rows, pool.batch_size, pool.batch_tokens)
+            accuracy = pair_accuracy(table_scores(engine.forward, self._heldout, self.config.pools.reward))
             engine.save(self._tokenizer, folder)
         finally:
             engine.close()
         seconds = time.perf_counter() - started
-        return RefitReport(request.reward_version, folder, loss, pair_accuracy(scores), seconds)
+        return RefitReport(request.reward_version, folder, loss, accuracy, seconds)
 
     def _train_epochs(self, engine: TrainingEngine, request: RefitRequest, training: RewardTraining) -> float:
         """Mean loss of the last epoch's pairs, each taken when it was trained on."""
@@ -184,12 +178,10 @@ class RewardRefitter:
     ) -> float:
         """Accumulate the gradient of one optimiser batch of pairs; returns its mean loss."""
         chunks = length_chunks(self._lengths[pairs], training.micro_batch_size, training.micro_batch_tokens)
-        limits = (2 * training.micro_batch_size, 2 * training.micro_batch_tokens)  # a pair in one forward pass
-        total = 0.0
-        for number, chunk in enumerate(chunks, start=1):
-            scores = row_scores(engine.forward, self._train, pair_rows(pairs[chunk]), *limits)
-            part = None if weights is None else torch.from_numpy(weights[chunk])
-            loss = weighted_pair_loss(scores, part, len(pairs))
-            engine.accumulate(loss, is_last=number == len(chunks))
-            total += loss.item()
-        return total
+
+        def loss_of(chunk: list[int]) -> torch.Tensor:
+            batch = self._train.batch(pair_rows(pairs[chunk])).to(engine.device)
+            part = None if weights is None else torch.from_numpy(weights[chunk]).to(engine.device)
+            return weighted_pair_loss(last_token_scores(engine.forward, batch), part, len(pairs))
+
+        return engine.accumulate(chunks, loss_of)

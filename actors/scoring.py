@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +14,7 @@ from actors.training_engine import start_process, training_device
 from actors.weight_transport import WeightReader
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
-from ocrm_ray.inference import row_sums, table_logprobs
-from ocrm_ray.networks import load_causal_lm, load_tokenizer
+from ocrm_ray.networks import load_causal_lm, load_tokenizer, row_sums, table_logprobs
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
 from ocrm_ray.reward_learning import pair_rows, pair_table
@@ -22,25 +22,27 @@ from ocrm_ray.reward_learning import pair_rows, pair_table
 LIVE, SFT = "live", "sft"
 
 
+@dataclass(eq=False)
 class ScoringActor:
     """Holds the SFT model, the live anchor (at first the SFT model itself), one staged anchor, one snapshot.
 
     ``stage_anchor`` may run on a second thread: the slots are one mapping, which ``score`` reads once.
     """
 
-    def __init__(self, config: RunConfig, sft_path: str) -> None:
-        self._config = config
-        self._sft_path = sft_path
+    config: RunConfig
+    sft_path: str
+
+    def __post_init__(self) -> None:
         self._anchors: dict[str, Any] = {}
         self._snapshots: dict[int, Any] = {}
         self._reader = WeightReader()
 
     def start(self) -> None:
         """Load the SFT model, which is the first anchor."""
-        pool = self._config.pools.scoring
-        start_process(pool.threads_per_actor, self._config.seed)
-        self._tokenizer = load_tokenizer(self._sft_path, trust_remote_code=self._config.trust_remote_code)
-        self._sft = self._load(self._sft_path)
+        pool = self.config.pools.scoring
+        start_process(pool.threads_per_actor, self.config.seed)
+        self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=self.config.trust_remote_code)
+        self._sft = self._load(self.sft_path)
         self._anchors = {LIVE: self._sft}
 
     def score(self, sequences: Seq[Sequence], models: Seq[str] = (LIVE, SFT)) -> list[list[FloatArray]]:
@@ -48,20 +50,20 @@ class ScoringActor:
 
         Models that are the same network are computed once.
         """
-        table = SequenceTable(sequences, self._tokenizer.pad_token_id, self._config.share_prompts)
-        slots, temperature = self._anchors | {SFT: self._sft}, self._config.rollout.temperature
+        table = SequenceTable(sequences, self._tokenizer.pad_token_id, self.config.share_prompts)
+        slots, temperature = self._anchors | {SFT: self._sft}, self.config.rollout.temperature
         assert slots.keys() >= set(models), f"no anchor in slot {set(models) - slots.keys()}"
         networks = [slots[model] for model in models]
         rows = {
-            id(network): table_logprobs(network, table, temperature, self._config.pools.scoring)
+            id(network): table_logprobs(network, table, temperature, self.config.pools.scoring)
             for network in dict.fromkeys(networks)
         }
         return [rows[id(network)] for network in networks]
 
     def load_snapshot(self, weights: PolicyWeights) -> None:
         """Hold the snapshot, so that its file may go; it takes the place of an earlier one."""
-        self._snapshots.clear()
-        self._snapshots[weights.version] = self._copy_of(weights)
+        self._snapshots = {}
+        self._snapshots = {weights.version: self._copy_of(weights)}
 
     def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
         """Summed log-probs [N, 2] of (chosen, rejected) of training pairs ``indices`` [N].
@@ -69,12 +71,12 @@ class ScoringActor:
         Under the snapshot at the rollout temperature, or with None under who wrote the pairs at theirs.
         """
         if weights is None:
-            network, temperature = self._behaviour, self._config.pairs.temperature
+            network, temperature = self._behaviour, self.config.pairs.temperature
         else:
             if weights.version not in self._snapshots:
                 self.load_snapshot(weights)
-            network, temperature = self._snapshots[weights.version], self._config.rollout.temperature
-        sums = row_sums(network, self._pairs, pair_rows(indices), temperature, self._config.pools.scoring)
+            network, temperature = self._snapshots[weights.version], self.config.rollout.temperature
+        sums = row_sums(network, self._pairs, pair_rows(indices), temperature, self.config.pools.scoring)
         return np.ascontiguousarray(sums.view(2, -1).T.numpy())
 
     def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
@@ -92,14 +94,9 @@ class ScoringActor:
             self._anchors = {LIVE: staged, promotion_id: staged}
         self._snapshots.clear()
 
-    def close(self) -> None:
-        """Free the networks."""
-        self._sft, self._anchors = None, {}
-        self._snapshots.clear()
-
     def _load(self, path: str) -> Any:
-        dtype = self._config.pools.scoring.dtype
-        network = load_causal_lm(path, dtype=dtype, trust_remote_code=self._config.trust_remote_code)
+        dtype = self.config.pools.scoring.dtype
+        network = load_causal_lm(path, dtype=dtype, trust_remote_code=self.config.trust_remote_code)
         return network.requires_grad_(False).to(training_device())
 
     def _copy_of(self, weights: PolicyWeights) -> Any:
@@ -112,11 +109,11 @@ class ScoringActor:
 
     @cached_property
     def _pairs(self) -> SequenceTable:
-        pairs = read_pairs(self._config.stage_root / "pairs" / "train.jsonl")
-        return pair_table(pairs, self._tokenizer.pad_token_id, self._config.share_prompts)
+        pairs = read_pairs(self.config.stage_root / "pairs" / "train.jsonl")
+        return pair_table(pairs, self._tokenizer.pad_token_id, self.config.share_prompts)
 
     @cached_property
     def _behaviour(self) -> Any:
         """Pairs of unknown origin are weighted as if the SFT model had written them, where that is allowed."""
-        origin = self._config.pairs.behaviour
+        origin = self.config.pairs.behaviour
         return self._sft if origin in ("sft", "unknown") else self._load(origin)

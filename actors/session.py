@@ -40,9 +40,8 @@ def ray_session(run: str) -> Iterator[Path]:
     Yields the run's folder in this node's shared memory. SIGTERM becomes KeyboardInterrupt, as Ctrl-C is. Raises
     UserError if no cluster is at RAY_ADDRESS, or it refuses. For the main thread.
     """
-    address = os.environ.get("RAY_ADDRESS")
     on_sigterm, on_sigint = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    options = _cluster_options(address) if address else _local_options()
+    options = _options(os.environ.get("RAY_ADDRESS"))
     with shared_folder(run) as folder:
         try:
             _initialise(namespace=f"ocrm-{run}", log_to_driver=False, **options)
@@ -82,19 +81,19 @@ def _address_error(got: str, need: str, do: str) -> UserError:
     return mistake("RAY_ADDRESS", f"{os.environ['RAY_ADDRESS']!r} ({got})", need, do)
 
 
-def _package_folders() -> list[Path]:
-    return [Path(next(iter(package.__path__))) for package in (ocrm_ray, actors)]
-
-
-def _stay_on_loopback() -> None:
-    """Without this Ray takes 127.0.0.1 for another address of the machine; on Linux it has no public switch."""
-    ray_constants.ENABLE_RAY_CLUSTER = False
-
-
-def _local_options() -> dict[str, Any]:
-    _stay_on_loopback()  # else its ports listen on every interface
+def _options(address: str | None) -> dict[str, Any]:
+    """Of ``ray.init``: for the cluster at ``address``, or for a local one."""
+    folders = [str(next(iter(package.__path__))) for package in (ocrm_ray, actors)]
+    if address:
+        _require_listener(address)
+    if not address or address.startswith((LOOPBACK, "localhost")):
+        # else Ray takes 127.0.0.1 for another address of the machine, and the ports of a local cluster listen on every
+        # interface; on Linux there is no public switch
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    if address:  # in a submitted job Ray has unpacked the working directory on every node
+        return {} if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ else {"runtime_env": {"py_modules": folders}}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    search_path = dict.fromkeys([*(str(folder.parent) for folder in _package_folders()), os.environ.get("PYTHONPATH")])
+    search_path = dict.fromkeys([*map(os.path.dirname, folders), os.environ.get("PYTHONPATH")])
     return {
         "address": "local",
         "include_dashboard": False,
@@ -104,12 +103,3 @@ def _local_options() -> dict[str, Any]:
         # a variable rather than sys.path: the processes that vLLM spawns import from it too
         "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, search_path))}},
     }
-
-
-def _cluster_options(address: str) -> dict[str, Any]:
-    _require_listener(address)
-    if address.startswith((LOOPBACK, "localhost")):
-        _stay_on_loopback()
-    if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
-        return {}  # a submitted job: Ray has unpacked its working directory on every node
-    return {"runtime_env": {"py_modules": [str(folder) for folder in _package_folders()]}}

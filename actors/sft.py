@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from torch import Tensor
 
 from actors.training_engine import EngineSettings, TrainingEngine, start_process
 from ocrm_ray.batches import SequenceTable
@@ -33,13 +33,7 @@ class SftActor:
         pool, trust = self.config.pools.policy, self.config.trust_remote_code
         start_process(pool.threads_per_actor, self.config.seed)
         self._tokenizer = load_tokenizer(self.base_path, trust_remote_code=trust)
-        settings = EngineSettings(
-            learning_rate=self.config.sft.learning_rate,
-            max_grad_norm=self.config.policy.max_grad_norm,
-            zero_stage=self.config.policy.zero_stage,
-            dtype=pool.dtype,
-            checkpointing=self.config.policy.gradient_checkpointing,
-        )
+        settings = EngineSettings.of(self.config.policy, learning_rate=self.config.sft.learning_rate, dtype=pool.dtype)
         model = load_causal_lm(self.base_path, dtype=pool.dtype, trust_remote_code=trust)
         self._engine = TrainingEngine(model, settings)
 
@@ -78,11 +72,9 @@ class SftActor:
     def _accumulate(self, table: SequenceTable, rows: IntArray) -> float:
         """Accumulate the gradient of one optimiser batch; returns its mean loss a token."""
         sft, num_tokens = self.config.sft, int(table.response_lengths[rows].sum())
-        chunks = table.chunks(np.asarray(rows), sft.micro_batch_size, sft.micro_batch_tokens)
-        total = 0.0
-        for number, chunk in enumerate(chunks, start=1):
-            batch = table.batch(np.asarray(rows)[chunk]).to(self._engine.device)
-            loss = -response_logprobs(self._engine.forward, batch, 1.0).sum() / num_tokens
-            self._engine.accumulate(loss, is_last=number == len(chunks))
-            total += loss.item()
-        return total
+
+        def loss_of(chunk: list[int]) -> Tensor:
+            batch = table.batch(rows[chunk]).to(self._engine.device)
+            return -response_logprobs(self._engine.forward, batch, 1.0).sum() / num_tokens
+
+        return self._engine.accumulate(table.chunks(rows, sft.micro_batch_size, sft.micro_batch_tokens), loss_of)

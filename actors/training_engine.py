@@ -10,20 +10,22 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from ocrm_ray.config import Dtype
+from ocrm_ray.config import Dtype, Policy
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import CausalModel, ScalarModel, checkpoint_layers, save_model
 
 ADAM_BETA1 = 0.9
 NEVER = 10**12
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,13 @@ class EngineSettings:
     weight_decay: float = 0.0
     beta2: float = 0.999
     checkpointing: bool = False
+
+    @classmethod
+    def of(cls, policy: Policy, **chosen: Any) -> "EngineSettings":
+        """As the policy's, where nothing else is ``chosen``."""
+        grad_norm, checkpointing = policy.max_grad_norm, policy.gradient_checkpointing
+        shared = {"max_grad_norm": grad_norm, "zero_stage": policy.zero_stage, "checkpointing": checkpointing}
+        return cls(**(shared | chosen))
 
     @property
     def is_plain(self) -> bool:
@@ -74,7 +83,7 @@ def join_process_group() -> None:
 
 
 class TrainingEngine:
-    """A network that trains: forward with ``engine.forward``, then ``accumulate`` losses, then ``step``."""
+    """A network that trains: ``accumulate`` losses of what ``engine.forward`` gives, then ``step``."""
 
     def __init__(self, module: CausalModel | ScalarModel, settings: EngineSettings) -> None:
         """``module`` is taken over; its parameters are moved, cast and (ZeRO 3) partitioned."""
@@ -103,12 +112,17 @@ class TrainingEngine:
         """The Hugging Face network inside."""
         return self._module.network
 
-    def accumulate(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradient of ``loss``, unscaled: the losses of an optimiser batch's parts sum to that of the whole."""
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss)
-        if not is_last:
-            self._engine.step()
+    def accumulate(self, parts: Seq[Part], loss_of: Callable[[Part], Tensor], coefficient: float = 1.0) -> float:
+        """Add the gradients of an optimiser batch's parts, times ``coefficient``; returns the sum of their losses."""
+        total = torch.zeros((), device=self.device)
+        for number, part in enumerate(parts, start=1):
+            loss = loss_of(part)
+            self._engine.set_gradient_accumulation_boundary(number == len(parts))
+            self._engine.backward(coefficient * loss)
+            if number < len(parts):
+                self._engine.step()
+            total += loss.detach().to(self.device)
+        return total.item()
 
     def step(self, factor: float) -> float:
         """Clip, update at ``factor`` times the learning rate, clear; returns the gradient norm before clipping.
@@ -144,11 +158,9 @@ class TrainingEngine:
 
     def save(self, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Write the network, with its present weights or with ``state``, as a Hugging Face folder."""
-        if state is not None:
-            save_model(self._module, tokenizer, folder, state_dict=state)
-            return
-        with self.weights() as present:  # at ZeRO 3 the module itself is without them
-            save_model(self._module, tokenizer, folder, state_dict=present)
+        # At ZeRO 3 the module itself is without them.
+        with self.weights() if state is None else contextlib.nullcontext(state) as full:
+            save_model(self._module, tokenizer, folder, state_dict=full)
 
     def close(self) -> None:
         """Free what DeepSpeed holds for this engine; the process group stays."""
@@ -164,13 +176,8 @@ def _initialise(module: nn.Module, settings: EngineSettings) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    optimizer = torch.optim.AdamW(
-        module.parameters(),
-        lr=settings.learning_rate,
-        betas=(ADAM_BETA1, settings.beta2),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    betas, decay = (ADAM_BETA1, settings.beta2), settings.weight_decay
+    optimizer = torch.optim.AdamW(module.parameters(), settings.learning_rate, betas, weight_decay=decay, fused=True)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory there is
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(settings))
     return engine

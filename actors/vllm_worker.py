@@ -14,10 +14,10 @@ import psutil
 from torch import Tensor
 
 from actors.shadow_model import ShadowModel, can_be_shadowed
+from actors.shared_memory import SHARED_MEMORY
 from actors.weight_transport import WeightReader
 from ocrm_ray.records import PolicyWeights
 
-SHARED_MEMORY = Path("/dev/shm")
 OWNER_POLL_S = 1.0
 """How often a worker looks whether its owner still lives."""
 
@@ -117,17 +117,13 @@ def no_queue_left(engine_pid: int) -> Iterator[None]:
 
     Python's resource tracker does it as well, unless it is killed with the rest, as Ray does with an actor's children.
     """
-    segments = _queue_segments(engine_pid)
-    yield
-    for path in segments:
-        path.unlink(missing_ok=True)
-
-
-def _queue_segments(engine_pid: int) -> set[Path]:
-    """Mapped files of /dev/shm with the names that Python gives to shared memory and to semaphores."""
     mapped: set[Path] = set()
     with contextlib.suppress(psutil.NoSuchProcess):
         engine = psutil.Process(engine_pid)
         for process in (engine, *engine.children(recursive=True)):
             mapped |= {Path(region.path) for region in process.memory_maps()}
-    return {path for path in mapped if path.parent == SHARED_MEMORY and path.name.startswith(("psm_", "sem."))}
+    yield
+    for path in mapped:
+        # the names that Python gives to shared memory and to semaphores
+        if path.parent == SHARED_MEMORY and path.name.startswith(("psm_", "sem.")):
+            path.unlink(missing_ok=True)

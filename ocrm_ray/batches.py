@@ -4,12 +4,12 @@ Networks here are causal and rows padded on the right, so padding can never reac
 mask, and its id may equal EOS. Responses to one prompt may share a row: then a mask hides them from each other.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,39 +26,28 @@ SMALL_BLOCK = 192
 class PaddedBatch:
     """B sequences in R rows, the longest first, padded on the right to L tokens; T is the longest response.
 
-    ``tokens``, ``positions`` [R, L]: ids, and places in the sequence; ``row_lengths`` [R]: without padding. ``mask``
-    [R, 1, L, L]: True where a token sees another; None where each row is one sequence. ``prompt_ends``, ``starts``
-    [B]: the prompt's last and the response's first token, as indices into the flattened rows. On one device.
+    ``mask`` [R, 1, L, L]: True where a token sees another; None where each row is one sequence. ``tokens``,
+    ``positions`` [R, L]: ids, and places in the sequence; ``row_lengths`` [R]: without padding. ``response_mask``
+    [B, T]: True on response tokens; ``places``, ``predicting`` [B, T]: of each in the flattened rows, and of the output
+    that predicts it, behind a response's end as for its last token. On one device.
     """
 
+    mask: Tensor | None
     tokens: Tensor
     positions: Tensor
     row_lengths: Tensor
-    mask: Tensor | None
-    prompt_ends: Tensor
-    starts: Tensor
-    response_lengths: Tensor
-
-    @property
-    def response_mask(self) -> Tensor:
-        """[B, T] bool: True on response tokens."""
-        return self._steps < self.response_lengths[:, None]
+    response_mask: Tensor
+    places: Tensor
+    predicting: Tensor
 
     @property
     def last_places(self) -> Tensor:
         """[B]: index of each sequence's last token in the flattened rows."""
-        return self.starts + self.response_lengths - 1
-
-    def predicting_places(self) -> Tensor:
-        """[B, T]: index of the output that predicts each response token; inside the row where T is padding."""
-        steps = torch.minimum(self._steps, self.response_lengths[:, None] - 1)
-        return torch.where(steps == 0, self.prompt_ends[:, None], self.starts[:, None] + steps - 1)
+        return self.places[:, -1]
 
     def response_tokens(self) -> tuple[Tensor, Tensor]:
         """[N] each, of the response tokens, sequence after sequence: index of what predicts it; the token itself."""
-        mask = self.response_mask
-        places = (self.starts[:, None] + self._steps)[mask]
-        return self.predicting_places()[mask], self.tokens.flatten()[places]
+        return self.predicting[self.response_mask], self.tokens.flatten()[self.places[self.response_mask]]
 
     def blocks(self) -> list[tuple[slice, int]]:
         """(rows, width): the rows in blocks cut to their longest, so that little of them is padding."""
@@ -78,97 +67,76 @@ class PaddedBatch:
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})
 
-    @property
-    def _steps(self) -> Tensor:
-        return torch.arange(int(self.response_lengths.max()), device=self.tokens.device)[None]
-
 
 class SequenceTable:
-    """Sequences as one flat token array, so that a batch is cut without a Python loop over rows.
+    """Sequences with at least one prompt and one response token each, from which batches are cut.
 
-    Every sequence needs at least one prompt and one response token.
+    ``prompt_lengths``, ``response_lengths``, ``lengths`` [N]: tokens of each, and of both together.
     """
 
     def __init__(self, sequences: Seq[Sequence], pad_id: int, share_prompts: bool) -> None:
         """``share_prompts``: neighbours with the same prompt go into one row of a batch, behind one copy of it."""
         self._pad_id = pad_id
         self.share_prompts = share_prompts
-        self.prompt_lengths: IntArray = _lengths(sequence.prompt_ids for sequence in sequences)
-        self.response_lengths: IntArray = _lengths(sequence.response_ids for sequence in sequences)
+        self._tokens = [np.array((*s.prompt_ids, *s.response_ids), dtype=np.int32) for s in sequences]
+        self.prompt_lengths: IntArray = np.array([len(s.prompt_ids) for s in sequences], dtype=np.int64)
+        self.response_lengths: IntArray = np.array([len(s.response_ids) for s in sequences], dtype=np.int64)
         assert (self.prompt_lengths > 0).all(), "a sequence has an empty prompt"
         assert (self.response_lengths > 0).all(), "a sequence has an empty response"
         self.lengths: IntArray = self.prompt_lengths + self.response_lengths
-        rows = (chain(sequence.prompt_ids, sequence.response_ids) for sequence in sequences)
-        self._flat: npt.NDArray[np.int32] = np.fromiter(
-            chain.from_iterable(rows), dtype=np.int32, count=int(self.lengths.sum())
-        )
-        self._starts: IntArray = np.cumsum(self.lengths) - self.lengths
-        is_new = (not share_prompts or a.prompt_ids != b.prompt_ids for a, b in pairwise(sequences))
-        self._prompts: IntArray = np.cumsum(np.fromiter(chain([False], is_new), dtype=np.int64, count=len(self)))
+        is_new = [not share_prompts or a.prompt_ids != b.prompt_ids for a, b in pairwise(sequences)]
+        self._prompts = np.cumsum([True, *is_new])
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def chunks(self, indices: IntArray, max_sequences: int, max_tokens: int) -> list[list[int]]:
         """Positions in ``indices``, longest rows first, as ``length_chunks`` cuts them; a row is in one chunk."""
-        order, row = self._rows(indices)
-        firsts = np.flatnonzero(np.diff(row, prepend=-1))
-        chosen = indices[order]
-        lengths = self.prompt_lengths[chosen[firsts]] + np.add.reduceat(self.response_lengths[chosen], firsts)
-        members = np.split(order, firsts[1:])
-        sizes = np.array([len(member) for member in members])
-        cut = length_chunks(lengths, max_sequences, max_tokens, sizes)
-        return [np.concatenate([members[number] for number in chunk]).tolist() for chunk in cut]
+        rows, lengths = self._rows(indices)
+        cut = length_chunks(lengths, max_sequences, max_tokens, np.array([len(row) for row in rows]))
+        return [[position for number in chunk for position in rows[number]] for chunk in cut]
 
     def batch(self, indices: IntArray | Seq[int]) -> PaddedBatch:
         """The sequences ``indices``, in that order, on the CPU."""
         indices = np.asarray(indices, dtype=np.int64)
         assert indices.size, "a batch needs at least one sequence"
-        order, row = self._rows(indices)
-        chosen = indices[order]
-        firsts = np.flatnonzero(np.diff(row, prepend=-1))
-        prompts, responses = self.prompt_lengths[chosen], self.response_lengths[chosen]
-        before = np.cumsum(responses) - responses
-        columns = prompts + before - before[firsts][row]
-        lengths = np.maximum.reduceat(columns + responses, firsts)
-        by_length = np.argsort(-lengths, kind="stable")
-        row, width = np.argsort(by_length)[row], int(lengths.max())
-        tokens, positions = (np.full((len(firsts), width), fill) for fill in (self._pad_id, 0))
-        parts = np.full((len(firsts), width), -1)
+        rows, lengths = self._rows(indices)
+        longest_first = np.argsort(-lengths, kind="stable")
+        shape = (len(rows), int(lengths.max()))
+        tokens, positions, parts = (np.full(shape, fill) for fill in (self._pad_id, 0, -1))
+        responses = self.response_lengths[indices, None]
+        steps = np.arange(responses.max())
+        places = np.minimum(steps, responses - 1)
+        predicting = np.empty_like(places)
+        for row, members in enumerate(rows[number] for number in longest_first):
+            place = prompt = int(self.prompt_lengths[indices[members[0]]])
+            tokens[row, :prompt], parts[row, :prompt] = self._tokens[indices[members[0]]][:prompt], 0
+            positions[row, :prompt] = np.arange(prompt)
+            for part, member in enumerate(members, start=1):
+                sequence = self._tokens[indices[member]]
+                end = place + len(sequence) - prompt
+                tokens[row, place:end], parts[row, place:end] = sequence[prompt:], part
+                positions[row, place:end] = np.arange(prompt, len(sequence))
+                places[member] += row * shape[1] + place
+                predicting[member] = row * shape[1] + prompt - 1, *places[member, :-1]
+                place = end
+        visibility = _visibility(torch.from_numpy(parts)) if len(rows) < len(indices) else None
+        arrays = (tokens, positions, lengths[longest_first], steps < responses, places, predicting)
+        return PaddedBatch(visibility, *map(torch.from_numpy, arrays))
 
-        def place(owner: IntArray, lengths: IntArray, column: IntArray, source: IntArray, position: IntArray) -> None:
-            """Write token i of each of ``owner``'s stretches to ``column + i`` of its row."""
-            which = np.repeat(np.arange(len(owner)), lengths)
-            step = np.arange(len(which)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            target = row[owner][which], column[which] + step
-            tokens[target] = self._flat[source[which] + step]
-            positions[target] = position[which] + step
-            parts[target] = owner[which] + 1 if lengths is responses else 0
-
-        zeros = np.zeros(len(firsts), dtype=np.int64)
-        place(firsts, prompts[firsts], zeros, self._starts[chosen[firsts]], zeros)
-        place(np.arange(len(order)), responses, columns, self._starts[chosen] + prompts, prompts)
-        back = np.argsort(order)
-        return PaddedBatch(
-            torch.from_numpy(tokens),
-            torch.from_numpy(positions),
-            torch.from_numpy(lengths[by_length]),
-            _visibility(torch.from_numpy(parts)) if len(firsts) < len(order) else None,
-            torch.from_numpy((row * width + prompts - 1)[back]),
-            torch.from_numpy((row * width + columns)[back]),
-            torch.from_numpy(responses[back]),
-        )
-
-    def _rows(self, indices: IntArray) -> tuple[IntArray, IntArray]:
-        """(order, row): ``indices[order]`` are sorted by prompt, and go into rows ``row`` = 0, 0, 1, ..."""
-        order = np.argsort(self._prompts[indices], kind="stable")
-        chosen = indices[order]
-        prompt, responses = self._prompts[chosen], self.response_lengths[chosen]
-        is_new = np.diff(prompt, prepend=-1) != 0
-        before = np.cumsum(responses) - responses
-        before -= before[is_new][np.cumsum(is_new) - 1]
-        part = before // np.maximum(ROW_TOKENS - self.prompt_lengths[chosen], 1)
-        return order, np.cumsum(is_new | (np.diff(part, prepend=0) != 0)) - 1
+    def _rows(self, indices: IntArray) -> tuple[list[list[int]], IntArray]:
+        """(positions in ``indices`` of each row's sequences, the rows' tokens)."""
+        rows: dict[tuple[int, int], list[int]] = {}
+        lengths: dict[tuple[int, int], int] = {}
+        said: defaultdict[int, int] = defaultdict(int)
+        columns = (self._prompts, self.prompt_lengths, self.response_lengths)
+        of_each = zip(*(column[indices].tolist() for column in columns), strict=True)
+        for position, (prompt, prompt_length, response_length) in enumerate(of_each):
+            row = prompt, said[prompt] // max(ROW_TOKENS - prompt_length, 1)
+            rows.setdefault(row, []).append(position)
+            lengths[row] = lengths.get(row, prompt_length) + response_length
+            said[prompt] += response_length
+        return list(rows.values()), np.array(list(lengths.values()))
 
 
 def _visibility(parts: Tensor) -> Tensor:
@@ -205,11 +173,7 @@ def pad_rows(rows: Seq[FloatArray]) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def cut_rows(values: Tensor, lengths: Tensor) -> list[FloatArray]:
-    """Rows of a [B, T] tensor, each cut to its own length: float32 arrays that own their memory."""
+def cut_rows(values: Tensor, mask: Tensor) -> list[FloatArray]:
+    """Rows of a [B, T] tensor, each cut to where ``mask`` is True: float32 arrays that own their memory."""
     table = values.detach().to("cpu", torch.float32).numpy()
-    return [row[:length].copy() for row, length in zip(table, lengths.tolist(), strict=True)]
-
-
-def _lengths(rows: object) -> IntArray:
-    return np.fromiter((len(row) for row in rows), dtype=np.int64)  # type: ignore[attr-defined]
+    return [row[keep] for row, keep in zip(table, mask.cpu().numpy(), strict=True)]

@@ -53,10 +53,10 @@ def _sources(config: RunConfig) -> Checks:
         "data.prompts": data.prompts, "sft.ready": sft.ready, "sft.base": sft.base, "pairs.ready": pairs.ready,
         "reward.ready": reward.ready, "reward.base": reward.base, "gold": gold,
     }  # fmt: skip
-    for path, source in named.items():
-        is_wrong = config.world is not None and source is not None
-        yield is_wrong, path, "nothing beside world", "remove it, or remove world"
-    if config.world is None:
+    if config.world is not None:
+        for path, source in named.items():
+            yield source is not None, path, "nothing beside world", "remove it, or remove world"
+    else:
         yield data.prompts is None, "data.prompts", "prompts, or the embedded world", "set it, or set world: {}"
         yield sft.ready is None and sft.base is None, "sft.base", "a model to start from", "set it, or sft.ready"
         need = "a gold reward that labels the sampled pairs, or ready pairs"
@@ -111,15 +111,10 @@ def _policy(config: RunConfig) -> Checks:
     is_wrong = policy.algorithm != "ppo" and rollout.samples_per_prompt < 2
     yield is_wrong, "rollout.samples_per_prompt", need, "raise it, or use ppo"
     num_samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    need = f"a divisor of the {num_samples} samples of a step"
-    is_wrong = num_samples % policy.num_minibatches > 0
-    yield is_wrong, "policy.num_minibatches", need, "change it, or rollout.prompts_per_step"
-    yield (
-        config.pools.policy.num_actors != 1,
-        "pools.policy.num_actors",
-        "1: the policy trains on one rank",
-        "remove it",
-    )
+    need, do = f"a divisor of the {num_samples} samples of a step", "change it, or rollout.prompts_per_step"
+    yield num_samples % policy.num_minibatches > 0, "policy.num_minibatches", need, do
+    is_wrong = config.pools.policy.num_actors != 1
+    yield is_wrong, "pools.policy.num_actors", "1: the policy trains on one rank", "remove it"
     is_wrong = policy.kl_placement == "loss" and policy.kl_estimator == "k1" and policy.kl_coefficient > 0
     need = "k2 or k3 with kl_placement loss: the gradient of k1 is zero on average"
     yield is_wrong, "policy.kl_estimator", need, "change it, or place it in the reward"

@@ -1,6 +1,4 @@
-"""The program ``ocrm-ray``: ``check``, ``rehearse``, ``run``, ``study``, ``report``.
-
-Light to import; commands import what they need.
+"""The program ``ocrm-ray``: light to import, commands import what they need.
 
 Exit status: 0 done; 1 a failure of the run; 2 the user's mistake, one line a problem on stderr, nothing written;
 130 interrupted.
@@ -21,6 +19,10 @@ if TYPE_CHECKING:
     from ocrm_ray.config import RunConfig, StudyConfig
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+RESUME = (
+    "go on in a run folder that has been used: finished stages (data, SFT, pairs, reward model) are not done "
+    "again; RL continues from its last checkpoint, and starts over where there is none"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,34 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """A command is a function below: its name less the underscore, its docstring the help."""
     parser = argparse.ArgumentParser(
         prog="ocrm-ray",
         description="RLHF on Ray with a reward model that is corrected while the policy moves.",
         epilog="CONFIG is a run, or a study (with arms). Paths in it are relative to the current directory.",
     )
     parser.add_argument("--version", action="version", version=f"ocrm-ray {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    check = commands.add_parser("check", help="resolve and validate a configuration and predict a step; touch nothing")
-    rehearse = commands.add_parser(
-        "rehearse", help="run the coordinator over actors that only take time: its step against the slowest pool alone"
-    )
-    run = commands.add_parser("run", help="run everything: SFT, pairs, reward model, RL with corrections, report")
-    study = commands.add_parser("study", help="run arms x seeds over shared stages; finished runs are skipped")
-    report = commands.add_parser("report", help="rebuild report.html and plots/ from the files of a run folder")
-    for command, function in ((check, _check), (rehearse, _rehearse), (run, _run), (study, _study)):
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="name")
+    for function in (_check, _rehearse, _run, _study, _report):
+        command = commands.add_parser(function.__name__[1:], help=function.__doc__)
         command.set_defaults(command=function)
+        if function is _report:
+            command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run, or of a study")
+            continue
         command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-        command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="set a dotted key, such as policy.num_updates=20"
-        )
-    run.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on in a run folder that has been used: finished stages (data, SFT, pairs, reward model) are not done "
-        "again; RL continues from its last checkpoint, and starts over where there is none",
-    )
-    report.set_defaults(command=_report)
-    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run, or of a study")
+        text = "set a dotted key, such as policy.num_updates=20"
+        command.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+        if function is _run:
+            command.add_argument("--resume", action="store_true", help=RESUME)
     # argparse takes positionals that follow an option for unknown arguments: overrides may stand anywhere.
     arguments, rest = parser.parse_known_args(argv)
     options = [text for text in rest if text.startswith("-") or "overrides" not in arguments]
@@ -76,6 +69,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    """resolve and validate a configuration and predict a step; touch nothing"""
     from ocrm_ray.config_file import load_any
     from ocrm_ray.overview import show
 
@@ -85,19 +79,8 @@ def _check(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from ocrm_ray.config_file import anchored, load_run_config
-    from ocrm_ray.inspection import occupied
-
-    config = load_run_config(arguments.config, arguments.overrides)
-    _refuse(config, [] if arguments.resume else occupied(config))
-    from actors.launcher import run
-
-    again = ["run", str(arguments.config), "--resume", *arguments.overrides]
-    return _guarded(lambda: run(anchored(config, Path.cwd()), arguments.resume), config.run_dir, again)
-
-
 def _rehearse(arguments: argparse.Namespace) -> int:
+    """run the coordinator over actors that only take time: its step against the slowest pool alone"""
     from ocrm_ray.checks import contradictions
     from ocrm_ray.config_file import load_run_config
     from ocrm_ray.rehearsal import prepared
@@ -108,21 +91,34 @@ def _rehearse(arguments: argparse.Namespace) -> int:
     config = prepared(config)
     from actors.rehearsal import rehearse
 
-    return _guarded(lambda: rehearse(config), None, ["rehearse", str(arguments.config), *arguments.overrides])
+    return _guarded(arguments, lambda: rehearse(config), None)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """run everything: SFT, pairs, reward model, RL with corrections, report"""
+    from ocrm_ray.config_file import anchored, load_run_config
+    from ocrm_ray.inspection import occupied
+
+    config = load_run_config(arguments.config, arguments.overrides)
+    _refuse(config, [] if arguments.resume else occupied(config))
+    from actors.launcher import run
+
+    return _guarded(arguments, lambda: run(anchored(config, Path.cwd()), arguments.resume), config.run_dir)
 
 
 def _study(arguments: argparse.Namespace) -> int:
+    """run arms x seeds over shared stages; finished runs are skipped"""
     from ocrm_ray.config_file import load_study_config
 
     study = load_study_config(arguments.config, arguments.overrides)
     _refuse(study)
     from actors.launcher import run_study
 
-    again = ["study", str(arguments.config), *arguments.overrides]
-    return _guarded(lambda: run_study(study), study.output_dir / study.name / "ARM" / "seed-N", again)
+    return _guarded(arguments, lambda: run_study(study), study.output_dir / study.name / "ARM" / "seed-N")
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    """rebuild report.html and plots/ from the files of a run folder"""
     import json
 
     from ocrm_ray.report import write_report
@@ -143,22 +139,22 @@ def _refuse(config: "RunConfig | StudyConfig", more: Sequence[Problem] = ()) -> 
     from ocrm_ray.checks import contradictions, inspect, study_problems
     from ocrm_ray.config import StudyConfig
 
-    if isinstance(config, StudyConfig):
-        problems = study_problems(config)
-    else:
-        problems = [*contradictions(config), *inspect(config), *more]
-    if problems:
-        raise UserError(list(dict.fromkeys(problems)))
+    found = study_problems(config) if isinstance(config, StudyConfig) else [*contradictions(config), *inspect(config)]
+    if problems := list(dict.fromkeys([*found, *more])):
+        raise UserError(problems)
 
 
-def _guarded(launch: Callable[[], str], folder: Path | None, again: Sequence[str]) -> int:
+def _guarded(arguments: argparse.Namespace, launch: Callable[[], str], folder: Path | None) -> int:
     """Launch and print its closing words; a failure is told as its cause, where the logs are, how to resume.
 
     Without a run ``folder`` there is nothing to resume.
     """
-    resume = f"{'resume' if folder else 'again'}: {shlex.join(['ocrm-ray', *again])}"
+    option = ["--resume"] if arguments.name == "run" else []
+    again = shlex.join(["ocrm-ray", arguments.name, str(arguments.config), *option, *arguments.overrides])
+    resume = f"{'resume' if folder else 'again'}: {again}"
     try:
         sys.stdout.write(f"{launch()}\n")
+        return DONE
     except UserError:
         raise
     except KeyboardInterrupt:
@@ -176,7 +172,6 @@ def _guarded(launch: Callable[[], str], folder: Path | None, again: Sequence[str
             *([] if is_known else ["", traceback.format_exc().rstrip()]),
         )
         return FAILED
-    return DONE
 
 
 def _say(*lines: str) -> None:

@@ -217,7 +217,8 @@ class Policy(Section):
     micro_batch_tokens: PositiveInt = 8192
     """Most tokens, padding included, a forward pass; one longer sequence goes alone."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time. Of every
+    network that trains."""
     reuse_logprobs_within: NonNegativeFloat = 0.01
     """Where an update has several optimiser steps, the sampler's log-probs stand for the trainer's own while their
     mean gap was at most so many nats a token; 0: never. Rollouts of older weights are always computed again."""

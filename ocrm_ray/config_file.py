@@ -7,7 +7,7 @@ relative to the current directory (not to the file).
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -43,13 +43,7 @@ def load_any(path: Path, overrides: Sequence[str]) -> RunConfig | StudyConfig:
     if "arms" not in tree:
         return _validated(RunConfig, tree, problems)
     study = _validated(StudyConfig, tree, problems)
-    problems = _study_contradictions(study)
-    try:
-        study_runs(study)
-    except UserError as error:
-        problems += error.problems
-    if problems:
-        raise UserError(problems)
+    study_runs(study)
     return study
 
 
@@ -73,7 +67,7 @@ def study_runs(study: StudyConfig, *, cwd: Path | None = None) -> list[tuple[str
     """(arm, seed, configuration) of every run, seeds innermost; ``cwd`` as for ``load_run_config``.
 
     Run folders are ``output_dir/STUDY/ARM/seed-N``; the arms of a seed share ``output_dir/STUDY/shared/seed-N``.
-    Raises UserError with everything that is wrong in the arms.
+    Raises UserError with everything that is wrong in the study and its arms.
     """
     root = study.output_dir / study.name
     runs: list[tuple[str, int, RunConfig]] = []
@@ -88,8 +82,8 @@ def study_runs(study: StudyConfig, *, cwd: Path | None = None) -> list[tuple[str
             folders = {"output_dir": root / arm, "stages_dir": root / SHARED / f"seed-{seed}"}
             run = config.model_copy(update={"name": f"seed-{seed}", "seed": seed, **folders})
             runs.append((arm, seed, run if cwd is None else anchored(run, cwd)))
-    if per_arm:
-        raise UserError(arm_problems(study, per_arm))
+    if problems := [*_study_contradictions(study), *arm_problems(study, per_arm)]:
+        raise UserError(problems)
     return runs
 
 
@@ -113,13 +107,10 @@ def anchored(config: RunConfig, cwd: Path) -> RunConfig:
     def placed(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {inner: placed(inner, item) for inner, item in value.items()}
-        is_name = key in _PATH_KEYS and isinstance(value, str) and value not in ("sft", "unknown")
-        return str(cwd / value) if is_name and (cwd / value).exists() else value
+        is_file = key in _PATH_KEYS and value not in (None, "sft", "unknown") and (cwd / value).exists()
+        return str(cwd / value) if is_file or (value and key in ("output_dir", "stages_dir")) else value
 
-    tree = placed("", config.model_dump(mode="json"))
-    for key in ("output_dir", "stages_dir"):
-        tree[key] = tree[key] and str(cwd / tree[key])
-    return RunConfig.model_validate(tree)
+    return RunConfig.model_validate(placed("", config.model_dump(mode="json")))
 
 
 def dump_yaml(config: Section) -> str:
@@ -132,12 +123,12 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Tree, list[Problem]]:
     problems: list[Problem] = []
     changes: list[Tree] = []
     for text in overrides:
-        key, _, value = text.partition("=")
+        key, is_set, value = text.partition("=")
+        if not (is_set and all(key.split("."))):
+            problems.append(Problem(text, "no override", "key=value, such as policy.gamma=0.5", "write both"))
+            continue
         try:
-            if all(key.split(".")) and "=" in text:
-                changes.append(_nested({key: _parsed(value)}))
-            else:
-                problems.append(Problem(text, "no override", "key=value, such as policy.gamma=0.5", "write both"))
+            changes.append(_nested({key: _parsed(value)}))
         except yaml.YAMLError as error:
             problems.append(Problem(key, f"invalid YAML ({_reason(error)})", "a YAML value", "put it in quotes"))
     need, do = "a YAML mapping", "write key: value lines"
@@ -199,17 +190,13 @@ def _validated(model: type[Config], tree: Tree, problems: Sequence[Problem]) -> 
     return config
 
 
-def _study_contradictions(study: StudyConfig) -> list[Problem]:
+def _study_contradictions(study: StudyConfig) -> Iterator[Problem]:
     trees = {"base": study.base, **{f"arms.{arm}": changes for arm, changes in study.arms.items()}}
-    problems = [
-        Problem(f"{where}.{key}", shown(tree[key]), "no such key here", f"remove it: the study sets {key}")
-        for where, tree in trees.items()
-        for key in SET_BY_STUDY
-        if key in tree
-    ]
+    for where, tree in trees.items():
+        for key in [key for key in SET_BY_STUDY if key in tree]:
+            yield Problem(f"{where}.{key}", shown(tree[key]), "no such key here", f"remove it: the study sets {key}")
     if not study.arms or SHARED in study.arms:
         need = f"at least one arm, none called {SHARED} (stages live there)"
-        problems.append(Problem("arms", shown(list(study.arms)), need, "change them"))
+        yield Problem("arms", shown(list(study.arms)), need, "change them")
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
-        problems.append(Problem("seeds", shown(study.seeds), "at least one seed, each once", "change them"))
-    return problems
+        yield Problem("seeds", shown(study.seeds), "at least one seed, each once", "change them")

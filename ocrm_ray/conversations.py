@@ -23,12 +23,16 @@ _ROLES = {role: role for role in _HEADINGS} | {"human": "user", "prompter": "use
 _TURN = re.compile(r"\n\n(Human|Assistant|System):")
 
 
+def first_value(row: Mapping[str, Any], *names: str) -> Any:
+    """The first of these columns that holds something; None of none."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
 def parse_message(value: object) -> Message:
     """``{role, content}`` of ``{role, content}`` or ``{from, value}``. Raises ValueError."""
     if not isinstance(value, Mapping):
         raise ValueError(f"a message is {type(value).__name__}, not an object")
-    role = value.get("role") if value.get("role") is not None else value.get("from")
-    content = value.get("content") if value.get("content") is not None else value.get("value")
+    role, content = first_value(value, "role", "from"), first_value(value, "content", "value")
     if role not in _ROLES:
         raise ValueError(f"a message has the role {role!r}")
     if not isinstance(content, str):

@@ -110,14 +110,14 @@ class Corrector:
         return np.sort(generator.permutation(num_all)[:num_used]).astype(np.int64)
 
     async def _weights(self, snapshot: PolicyWeights, indices: IntArray) -> tuple[FloatArray | None, float | None]:
-        if self.strategy.weights is None:
+        if self.strategy.log_weights is None:
             return None, None
         assert self.pairs.behaviour_logprobs is not None, "ratios need log-probs under who wrote the pairs"
         policy_logprobs = await self.pools.scoring.pair_logprobs(snapshot, indices)
-        weights = self.strategy.weights(policy_logprobs, self.pairs.behaviour_logprobs[indices])
-        statistics = weight_statistics(weights)
+        log_weights = self.strategy.log_weights(policy_logprobs, self.pairs.behaviour_logprobs[indices])
+        statistics = weight_statistics(log_weights)
         self.emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **statistics)
-        return weights.weights.float().numpy(), statistics["ess_fraction"]
+        return log_weights.exp().float().numpy(), statistics["ess_fraction"]
 
     async def _refit(self, indices: IntArray, weights: FloatArray | None, snapshot_version: int) -> RefitReport | None:
         if not self.strategy.refits:

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
+
 from ocrm_ray import praise
 from ocrm_ray.config import Dtype, Pool, RunConfig
-from ocrm_ray.machine import DTYPE_BYTES, NetworkSizes, pools_by_name
+from ocrm_ray.machine import DTYPE_BYTES, NetworkSizes
 from ocrm_ray.progress import duration_text
 from ocrm_ray.run_files import correction_windows, read_run
 
@@ -87,14 +89,10 @@ def measured_cost(config: RunConfig) -> StepCost | None:
     if not steps:
         return None
     stages = {stage: fmean(row["stage_s"].get(stage) or 0.0 for row in steps) for stage in steps[0]["stage_s"]}
-    # A refit without importance weights is never scored.
-    times = [
-        (scored_s - window.started_s, window.refitted_s - scored_s)
-        for window in correction_windows(run)
-        for scored_s in [window.scored_s or window.started_s]
-        if window.refitted_s is not None
-    ]
-    ratio_s, refit_s = map(fmean, zip(*times, strict=True)) if times else (None, None)
+    refitted = [window for window in correction_windows(run) if window.refitted_s is not None]
+    # a refit without importance weights is never scored
+    times = [(w.started_s, w.scored_s or w.started_s, w.refitted_s) for w in refitted]
+    ratio_s, refit_s = (None, None) if not times else np.diff(np.array(times, dtype=float)).mean(axis=0).tolist()
     source = f"measured over {len(steps)} steps in {config.run_dir}"
     return StepCost(source, stages, fmean(row["step_s"] for row in steps), ratio_s, refit_s)
 
@@ -104,29 +102,24 @@ def predicted_cost(config: RunConfig, sizes: NetworkSizes) -> StepCost:
     pools, policy, rollout = config.pools, config.policy, config.rollout
     length = rollout.max_new_tokens + prompt_tokens(config)
     num_samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    forward = 2.0 * sizes.policy * num_samples * length
-    reward_forward = 2.0 * sizes.reward * num_samples * length
-    critic = reward_forward if policy.algorithm == "ppo" else 0.0
+    forward, reward = (2.0 * size * num_samples * length for size in (sizes.policy, sizes.reward))
+    critic = reward if policy.algorithm == "ppo" else 0.0
     num_anchors = 2 if config.correction.kl_reference == "moving" else 1
-    work = {
-        "generation": forward,
-        "scoring": num_anchors * forward,
-        "reward": reward_forward,
-        "policy": (forward + critic) * (1 + 3 * policy.num_epochs),
-    }
+    train = (forward + critic) * (1 + 3 * policy.num_epochs)
+    work = {"generation": forward, "scoring": num_anchors * forward, "reward": reward, "policy": train}
     batches = -(-num_samples // (pools.generation.max_running * pools.generation.num_actors))
-    seconds = {
-        name: REQUEST_S + work[name] / _speed(pool) for name, pool in pools_by_name(config).items() if name in work
-    }
+    worked = {name: pool for name, pool in pools if name in work}
+    seconds = {name: REQUEST_S + work[name] / _speed(pool) for name, pool in worked.items()}
     stages = {
         "generate": seconds["generation"] + batches * rollout.max_new_tokens * DECODE_S,
         "score": max(seconds["scoring"], seconds["reward"]),
         "train": seconds["policy"],
         "publish": REQUEST_S + DTYPE_BYTES[pools.generation.dtype] * sizes.policy / PUBLISH_BYTES_PER_S,
     }
-    step_s = max(_step_s(config, stages), _cores_s(config, work))
-    ratio_s, refit_s = _correction_s(config, sizes, length)
-    return StepCost(_ASSUMED, stages, step_s, ratio_s, refit_s)
+    on_cpu = {name: CPU_OPERATIONS_PER_S[pool.dtype] for name, pool in worked.items() if not pool.gpus_per_actor}
+    core_s = sum(work[name] / (UTILISATION * speed) for name, speed in on_cpu.items())
+    step_s = max(_step_s(config, stages), core_s / (os.cpu_count() or 1))
+    return StepCost(_ASSUMED, stages, step_s, *_correction_s(config, sizes, length))
 
 
 def prompt_tokens(config: RunConfig) -> int:
@@ -140,13 +133,6 @@ def _speed(pool: Pool) -> float:
         return UTILISATION * pool.num_actors * pool.gpus_per_actor * GPU_OPERATIONS_PER_S[pool.dtype]
     num_threads = min(pool.num_actors * pool.threads_per_actor, os.cpu_count() or 1)
     return UTILISATION * num_threads * CPU_OPERATIONS_PER_S[pool.dtype]
-
-
-def _cores_s(config: RunConfig, work: Mapping[str, float]) -> float:
-    """Seconds that this machine's cores need for the work of all CPU pools together."""
-    on_cpu = {name: pool for name, pool in pools_by_name(config).items() if name in work and not pool.gpus_per_actor}
-    core_s = sum(work[name] / (UTILISATION * CPU_OPERATIONS_PER_S[pool.dtype]) for name, pool in on_cpu.items())
-    return core_s / (os.cpu_count() or 1)
 
 
 def _correction_s(config: RunConfig, sizes: NetworkSizes, length: int) -> tuple[float | None, float | None]:

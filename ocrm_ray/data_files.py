@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from ocrm_ray.config import DataFile
-from ocrm_ray.errors import Problem, RunError, UserError, mistake
+from ocrm_ray.errors import RunError, mistake
 
 Row: TypeAlias = Mapping[str, Any]
 Parsed = TypeVar("Parsed")
@@ -63,13 +63,11 @@ class RowForm(Generic[Parsed]):
             raise mistake(where, got, self.need_rows, "correct or drop them")
         return parsed
 
-    def inspect(self, data_file: DataFile) -> list[Problem]:
-        """What is wrong with a file as far as its first rows show it; reads little and raises nothing."""
-        try:
-            self.parsed(read_rows(data_file, self.setting, NUM_INSPECTED_ROWS))
-        except UserError as error:
-            return list(error.problems)
-        return []
+    def count(self, data_file: DataFile, most: int) -> int:
+        """Rows of a file, ``most`` or NUM_INSPECTED_ROWS at most. UserError if it is broken or its first are faulty."""
+        rows = read_rows(data_file, self.setting, max(most, NUM_INSPECTED_ROWS))
+        self.parsed(rows[:NUM_INSPECTED_ROWS])
+        return len(rows)
 
 
 def read_rows(data_file: DataFile, path_in_config: str, num_rows: int | None = None) -> list[Row]:
@@ -163,6 +161,5 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing: run the stage that writes it again") from error
     except BrokenLineError as error:
-        raise RunError(
-            f"{path}, line {error.line} is broken ({error.reason}): delete the file and run again"
-        ) from error
+        told = f"{path}, line {error.line} is broken ({error.reason})"
+        raise RunError(f"{told}: delete the file and run again") from error

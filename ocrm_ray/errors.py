@@ -27,11 +27,10 @@ class UserError(OcrmError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems, "a UserError names at least one problem"
         self.problems = tuple(problems)
-        super().__init__("\n".join(str(problem) for problem in problems))
+        super().__init__(self.problems)
 
-    def __reduce__(self) -> tuple[type["UserError"], tuple[tuple[Problem, ...]]]:
-        """Pickled by its problems: an exception is otherwise built again from its message."""
-        return type(self), (self.problems,)
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
 
 
 def mistake(path: str, got: str, need: str, do: str) -> UserError:

@@ -1,6 +1,7 @@
 """Measuring held-out samples: gold, win rate against the SFT model, the reward model's on-policy accuracy, KL."""
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from ocrm_ray.records import EvaluationReport, FloatArray, Prompt, Sample
 SampleRow = dict[str, object]
 
 
+@dataclass
 class HeldoutEvaluator:
     """Turns the samples of fixed prompts into a report and the rows that people read.
 
@@ -20,20 +22,12 @@ class HeldoutEvaluator:
     so that no prompt counts twice. Gold may be None: its fields are None then.
     """
 
-    def __init__(
-        self,
-        prompts: Seq[Prompt],
-        tokenizer: Any,
-        gold: GoldScorer | None,
-        num_samples_saved: int,
-        sft_gold: Seq[float] | None = None,
-    ) -> None:
-        """``sft_gold``: gold scores [N] of the first evaluation, where a resumed run knows them already."""
-        self._prompts = tuple(prompts)
-        self._tokenizer = tokenizer
-        self._gold = gold
-        self._num_samples_saved = num_samples_saved
-        self.sft_gold = None if sft_gold is None else tuple(sft_gold)
+    prompts: Seq[Prompt]
+    tokenizer: Any
+    gold: GoldScorer | None
+    num_samples_saved: int
+    sft_gold: npt.NDArray[np.float64] | None = field(default=None, init=False)
+    """Gold scores [N] of the first evaluation."""
 
     def evaluate(
         self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[FloatArray], sft_logprobs: Seq[Seq[FloatArray]]
@@ -43,12 +37,12 @@ class HeldoutEvaluator:
         ``kl_sft`` is the mean over prompts of sum_t(log pi - log pi_sft) (the k1 estimator, in nats a response);
         the first evaluation's scores become ``sft_gold``. The caller fills ``seconds``.
         """
-        assert len(self._prompts) == len(samples) == len(proxy) == len(sft_logprobs)
+        assert len(self.prompts) == len(samples) == len(proxy) == len(sft_logprobs)
         first = [prompt_samples[0] for prompt_samples in samples]
         ids = [[list(sample.sequence.response_ids) for sample in prompt_samples] for prompt_samples in samples]
-        texts = [self._tokenizer.batch_decode(each, skip_special_tokens=True) for each in ids]
+        texts = [self.tokenizer.batch_decode(each, skip_special_tokens=True) for each in ids]
         responses = [[text.strip() for text in prompt_texts] for prompt_texts in texts]
-        gold = self._gold_scores(responses)
+        gold = None if self.gold is None else self._gold_scores(self.gold, responses)
         report = EvaluationReport(
             step=step,
             policy_version=min(sample.first_version for sample in first),
@@ -60,34 +54,32 @@ class HeldoutEvaluator:
         rows: list[SampleRow] = [
             {
                 "step": step,
-                "prompt": self._prompts[index].text,
+                "prompt": prompt.text,
                 "response": responses[index][0],
                 "proxy": float(proxy[index][0]),
                 "gold": None if gold is None else gold[index][0],
                 "length": len(first[index].sequence.response_ids),
             }
-            for index in range(min(self._num_samples_saved, len(samples)))
+            for index, prompt in enumerate(self.prompts[: self.num_samples_saved])
         ]
         return report, rows
 
-    def _gold_scores(self, responses: list[list[str]]) -> list[list[float]] | None:
+    def _gold_scores(self, gold: GoldScorer, responses: list[list[str]]) -> list[list[float]]:
         """Gold scores shaped like ``responses``, from one call of the scorer."""
-        if self._gold is None:
-            return None
-        owners = [prompt for prompt, texts in zip(self._prompts, responses, strict=True) for _ in texts]
+        owners = [prompt for prompt, texts in zip(self.prompts, responses, strict=True) for _ in texts]
         references = [prompt.reference for prompt in owners]
-        scores = iter(self._gold([prompt.text for prompt in owners], list(chain(*responses)), references))
+        scores = iter(gold([prompt.text for prompt in owners], list(chain(*responses)), references))
         return [list(islice(scores, len(texts))) for texts in responses]
 
     def _gold_measures(self, gold: list[list[float]], proxy: Seq[FloatArray]) -> dict[str, Any]:
         first = np.array([scores[0] for scores in gold])
         if self.sft_gold is None:
-            self.sft_gold = tuple(first.tolist())
+            self.sft_gold = first
         pairs = [[np.asarray(scores) for scores in scored if len(scores) > 1] for scored in (gold, proxy)]
         return {
             "gold_mean": float(first.mean()),
             "gold_se": float(first.std(ddof=1) / np.sqrt(len(first))) if len(first) > 1 else None,
-            "gold_win_rate": win_rate(first, np.array(self.sft_gold)),
+            "gold_win_rate": win_rate(first, self.sft_gold),
             "rm_accuracy": pair_accuracy(pairs[0], pairs[1]),
         }
 

@@ -81,17 +81,20 @@ def function_scorer(path: str) -> GoldScorer:
 class _ModelScorer:
     """A Hugging Face model in float32 and evaluation mode, on this process's GPU if it has one, and its tokenizer."""
 
-    def __init__(self, auto_class: Any, path: str, batch_size: int, *, trust_remote_code: bool) -> None:
-        from transformers import AutoTokenizer
+    auto_class = "AutoModel"
 
+    def __init__(self, config: ClassifierGold | SimilarityGold, *, trust_remote_code: bool) -> None:
+        import transformers
+
+        auto_class, path = getattr(transformers, self.auto_class), config.model
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             model = auto_class.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             got, do = f"{path!r} ({str(error).strip().splitlines()[0]})", "correct the folder or Hub name"
             raise mistake("gold.model", got, "a Hugging Face model", do) from error
         self._model: Any = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        self._batch_size = batch_size
+        self._batch_size: int = config.batch_size
         limit = getattr(model.config, "max_position_embeddings", None) or math.inf
         self._cut = {"max_length": int(min(self._tokenizer.model_max_length, limit, 2**20)), "return_tensors": "pt"}
 
@@ -106,15 +109,18 @@ class ClassifierScorer(_ModelScorer):
     exceeds its length is cut from the left, or from the prompt.
     """
 
-    def __init__(self, config: ClassifierGold, *, trust_remote_code: bool) -> None:
-        from transformers import AutoModelForSequenceClassification as AutoModel
+    auto_class = "AutoModelForSequenceClassification"
 
-        super().__init__(AutoModel, config.model, config.batch_size, trust_remote_code=trust_remote_code)
-        if self._model.config.num_labels != 1:
-            got = f"{config.model!r} with {self._model.config.num_labels} labels"
+    def __init__(self, config: ClassifierGold, *, trust_remote_code: bool) -> None:
+        super().__init__(config, trust_remote_code=trust_remote_code)
+        settings = self._model.config
+        if settings.num_labels != 1:
+            got = f"{config.model!r} with {settings.num_labels} labels"
             raise mistake("gold.model", got, "a model with one label", "use a reward model")
-        if self._tokenizer.pad_token_id is None or self._model.config.pad_token_id is None:
+        if self._tokenizer.pad_token_id is None or settings.pad_token_id is None:
             self._batch_size = 1
+        if self._tokenizer.chat_template is not None:
+            self._tokenizer.truncation_side = "left"
 
     @torch.inference_mode()
     def __call__(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
@@ -126,27 +132,22 @@ class ClassifierScorer(_ModelScorer):
         return scores
 
     def _encode(self, prompts: list[str], responses: list[str]) -> Any:
-        padding = len(responses) > 1
+        settings = {"padding": len(responses) > 1, **self._cut}
         if self._tokenizer.chat_template is None:
-            return self._tokenizer(prompts, responses, padding=padding, truncation="only_first", **self._cut)
-        self._tokenizer.truncation_side = "left"
+            return self._tokenizer(prompts, responses, truncation="only_first", **settings)
         conversations = [
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        return self._tokenizer.apply_chat_template(
-            conversations, return_dict=True, padding=padding, truncation=True, **self._cut
-        )
+        return self._tokenizer.apply_chat_template(conversations, return_dict=True, truncation=True, **settings)
 
 
 class SimilarityScorer(_ModelScorer):
     """Cosine of sentence embeddings of response and reference, less a penalty for repeated word trigrams."""
 
     def __init__(self, config: SimilarityGold, *, trust_remote_code: bool) -> None:
-        from transformers import AutoModel
-
-        super().__init__(AutoModel, config.model, config.batch_size, trust_remote_code=trust_remote_code)
-        self._repetition_penalty = config.repetition_penalty
+        super().__init__(config, trust_remote_code=trust_remote_code)
+        self._penalty = config.repetition_penalty
         self._references: dict[str, torch.Tensor] = {}
 
     def __call__(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
@@ -159,7 +160,7 @@ class SimilarityScorer(_ModelScorer):
         new = [reference for reference in dict.fromkeys(known) if reference not in self._references]
         self._references.update(zip(new, self._embed(new), strict=True))
         return [
-            float(embedding @ self._references[reference]) - self._repetition_penalty * repeated_trigram_share(response)
+            float(embedding @ self._references[reference]) - self._penalty * repeated_trigram_share(response)
             for response, reference, embedding in zip(responses, known, self._embed(responses), strict=True)
         ]
 

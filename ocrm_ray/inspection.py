@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ocrm_ray import praise
-from ocrm_ray.config import ClassifierGold, DataFile, FunctionGold, RunConfig, SimilarityGold
+from ocrm_ray.config import ClassifierGold, FunctionGold, RunConfig, SimilarityGold
 from ocrm_ray.config_file import anchored, load_run_config
 from ocrm_ray.config_problems import shown
 from ocrm_ray.errors import Problem, UserError
@@ -105,28 +105,25 @@ def _model_problems(config: RunConfig, models: Mapping[str, ModelFacts]) -> Iter
         yield Problem("correction.rm_init", '"sft"', need, "change it, or use a reward model of the same shape")
 
 
-def _data_problems(config: RunConfig) -> list[Problem]:
+def _data_problems(config: RunConfig) -> Iterator[Problem]:
     from ocrm_ray.preferences import PAIR_ROWS
     from ocrm_ray.prompts import PROMPT_ROWS
 
-    problems: list[Problem] = []
-    for file, form in ((config.data.prompts, PROMPT_ROWS), (config.pairs.ready, PAIR_ROWS)):
+    num_heldout, num_step = config.data.num_heldout, config.rollout.prompts_per_step
+    named = (config.data.prompts, PROMPT_ROWS, num_heldout + num_step), (config.pairs.ready, PAIR_ROWS, 0)
+    for file, form, needed in named:
         if file and (Path(file.path).suffix or not is_hub_name(file.path)):
-            problems += form.inspect(file) or (_count_problems(config, file) if file is config.data.prompts else [])
-    return problems
-
-
-def _count_problems(config: RunConfig, prompts: DataFile) -> list[Problem]:
-    from ocrm_ray.data_files import read_rows
-
-    needed = config.data.num_heldout + config.rollout.prompts_per_step
-    try:
-        num_rows = len(read_rows(prompts, "data.prompts", needed))
-    except UserError as error:
-        return list(error.problems)
-    got = f"{config.data.num_heldout} with {num_rows} prompts in {prompts.path}"
-    need = f"{config.rollout.prompts_per_step} prompts left for a step"
-    return [] if num_rows >= needed else [Problem("data.num_heldout", got, need, "lower it, or add prompts")]
+            try:
+                num_rows = form.count(file, needed)
+            except UserError as error:
+                yield from error.problems
+                continue
+            if num_rows < needed:
+                got, need = (
+                    f"{num_heldout} with {num_rows} prompts in {file.path}",
+                    f"{num_step} prompts left for a step",
+                )
+                yield Problem("data.num_heldout", got, need, "lower it, or add prompts")
 
 
 def _gold_problems(config: RunConfig) -> Iterator[Problem]:

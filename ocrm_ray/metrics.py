@@ -8,10 +8,10 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,41 +40,31 @@ class StepRecord:
     policy_version: int
     reward_version: int
     anchor_version: int
-    rollout_version_min: int | None = None
-    """Policy version of the oldest token trained on."""
+    rollout_version_min: int | None = None  # of the oldest token trained on
     reward_mean: float | None = None
     kl_sft: float | None = None
     kl_anchor: float | None = None
     rollout_tokens: int | None = None
     step_s: float | None = None
-    logprob_gap: float | None = None
-    """Mean absolute difference of trainer and sampler, nats a token."""
-    stage_s: Mapping[str, float] | None = None
-    """Seconds of each of ``STAGES``."""
-    idle_share: Mapping[str, float] | None = None
-    """Share of wall time with no request in each of ``POOLS``, since the step before."""
+    logprob_gap: float | None = None  # mean absolute difference of trainer and sampler, nats a token
+    stage_s: Mapping[str, float] | None = None  # of each of STAGES
+    idle_share: Mapping[str, float] | None = None  # of wall time with no request in each of POOLS, since the last step
     loss: float | None = None
     entropy: float | None = None
     clip_share: float | None = None
     grad_norm: float | None = None
     response_tokens_mean: float | None = None
-    staleness_mean: float | None = None
-    """Updates between a rollout's oldest token and its use."""
-    rollout_wait_s: float | None = None
-    """Seconds that training waited for rollouts, stragglers included."""
+    staleness_mean: float | None = None  # updates between a rollout's oldest token and its use
+    rollout_wait_s: float | None = None  # training waited for rollouts, stragglers included
     correction_wait_s: float | None = None
-    publish_wait_s: float | None = None
-    """Seconds between updates for copying the weights out, and for an earlier publish that is still on its way."""
+    publish_wait_s: float | None = None  # for copying the weights out, and for the publish before if it still goes on
     straggler_wait_s: float | None = None
-    num_reissued: int | None = None
-    """Rollouts aborted at the staleness bound and issued again."""
-    num_rescored_late: int | None = None
-    """Rollouts whose scores a promotion made stale and that were scored again on the critical path."""
-    num_deferred_corrections: int | None = None
-    """Corrections that fell due while one was in flight."""
+    num_reissued: int | None = None  # rollouts aborted at the staleness bound and issued again
+    num_rescored_late: int | None = None  # rollouts that a promotion had scored again while training waited
+    num_deferred_corrections: int | None = None  # fell due while one was in flight
 
 
-class RunLog:
+class RunLog(AbstractContextManager["RunLog"]):
     """The writers of one run folder. ``clock`` gives seconds (monotonic; a virtual one in tests).
 
     A metrics line whose evaluation was announced by ``hold`` waits for it, and later lines wait behind it, so that
@@ -84,18 +74,13 @@ class RunLog:
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._run_dir = run_dir
         self._clock = clock
-        rows = (read_jsonl(run_dir / name) for name in ("metrics.jsonl", "events.jsonl"))
-        self._started = clock() - last_time_s(*rows)
-        self._metrics, self._events, self._samples = (
-            JsonlWriter(run_dir / name) for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl")
-        )
+        metrics, events, samples = (run_dir / f"{name}.jsonl" for name in ("metrics", "events", "samples"))
+        self._started = clock() - last_time_s(read_jsonl(metrics), read_jsonl(events))
+        self._metrics, self._events, self._samples = map(JsonlWriter, (metrics, events, samples))
         self._waiting: deque[StepRecord] = deque()
         self._evaluations: dict[int, EvaluationReport | None] = {}
         self._last_step = -1
         self._board: SummaryWriter | None = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -137,24 +122,19 @@ class RunLog:
             self._samples.write(row)
 
     def close(self) -> None:
-        self._evaluations = {step: report for step, report in self._evaluations.items() if report is not None}
-        self._write_ready()
+        self._write_ready(is_last=True)
         for writer in (self._metrics, self._events, self._samples, self._board):
             if writer is not None:
                 writer.close()
 
-    def _write_ready(self) -> None:
-        while self._waiting:
-            step = self._waiting[0].step
-            report = self._evaluations.get(step)
-            if report is None and step in self._evaluations:
-                return
+    def _write_ready(self, is_last: bool = False) -> None:
+        while self._waiting and (is_last or self._evaluations.get(self._waiting[0].step, True)):
             line = asdict(self._waiting.popleft())
+            report = self._evaluations.pop(line["step"], None)
             for name in EVALUATED:
-                line[f"eval_{name}" if name in line else name] = getattr(report, name) if report else None
-            self._evaluations.pop(step, None)
+                line[f"eval_{name}" if name in line else name] = getattr(report, name, None)
             self._metrics.write(line)
-            self._write_board(step, line)
+            self._write_board(line["step"], line)
 
     def _write_board(self, step: int, line: Row) -> None:
         if self._board is None:

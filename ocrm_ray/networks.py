@@ -10,16 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs
+from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs, sequence_logprobs
 from ocrm_ray.attention import use_products
-from ocrm_ray.batches import PaddedBatch, SequenceTable
-from ocrm_ray.config import Dtype
+from ocrm_ray.batches import PaddedBatch, SequenceTable, cut_rows
+from ocrm_ray.config import Dtype, Pool
 from ocrm_ray.errors import RunError
-from ocrm_ray.records import Sequence
+from ocrm_ray.records import FloatArray, IntArray, Sequence
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
@@ -47,16 +48,10 @@ class CausalModel(nn.Module):
     def forward(
         self, batch: PaddedBatch, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        hidden = _hidden_states(self.network, batch)
-        positions, tokens = batch.response_tokens()
-        logprobs, entropy = head_logprobs(
-            self.logits,
-            hidden.flatten(0, 1).index_select(0, positions),
-            tokens,
-            temperature,
-            max(1, MAX_LOGITS // self._settings.vocab_size),
-            with_entropy=with_entropy,
-        )
+        places, tokens = batch.response_tokens()
+        hidden = _hidden_states(self.network, batch).flatten(0, 1).index_select(0, places)
+        num_rows = max(1, MAX_LOGITS // self.network.config.get_text_config().vocab_size)
+        logprobs, entropy = head_logprobs(self.logits, hidden, tokens, temperature, num_rows, with_entropy=with_entropy)
         mask = batch.response_mask
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logprobs), None if entropy is None else zeros.masked_scatter(mask, entropy)
@@ -64,16 +59,12 @@ class CausalModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The head's logits, scaled and capped as the architecture's configuration says."""
         logits: Tensor = self.network.get_output_embeddings()(hidden)
-        settings = self._settings
+        settings = self.network.config.get_text_config()
         scale = (getattr(settings, "logit_scale", None) or 1.0) / getattr(settings, "logits_scaling", 1.0)
         if scale != 1:
             logits = logits * scale
         cap = getattr(settings, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    @property
-    def _settings(self) -> Any:
-        return self.network.config.get_text_config()
 
 
 class ScalarModel(nn.Module):
@@ -91,8 +82,7 @@ class ScalarModel(nn.Module):
         self.network = network
 
     def forward(self, batch: PaddedBatch) -> Tensor:
-        hidden = _hidden_states(self.network, batch)
-        scores: Tensor = self.network.score(hidden)
+        scores: Tensor = self.network.score(_hidden_states(self.network, batch))
         return scores.flatten()
 
 
@@ -108,10 +98,8 @@ def _hidden_states(network: Any, batch: PaddedBatch) -> Tensor:
     for rows, width in batch.blocks():
         inputs = {"inputs_embeds": embedded[rows, :width]}
         if batch.mask is not None:
-            inputs |= {
-                "position_ids": batch.positions[rows, :width],
-                "attention_mask": batch.mask[rows, :, :width, :width],
-            }
+            inputs["position_ids"] = batch.positions[rows, :width]
+            inputs["attention_mask"] = batch.mask[rows, :, :width, :width]
         block = network.base_model(**inputs, use_cache=False).last_hidden_state
         states.append(nn.functional.pad(block, (0, 0, 0, embedded.shape[1] - width)))
     return torch.cat(states)
@@ -203,8 +191,7 @@ def load_reward_model(
         raise ValueError(f"{path}: {type(network).__name__} has no linear head named score, so it is not causal")
     use_products(network)
     model = ScalarModel(network).eval()
-    if not has_head:
-        assert head_seed is not None
+    if head_seed is not None and not has_head:
         _draw_head(network.score, head_seed)
     require_own_logits(model)
     return model
@@ -260,7 +247,49 @@ def last_token_scores(model: Any, batch: PaddedBatch) -> Tensor:
 def response_values(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B, T]: a critic's values of the states in which the response tokens were chosen, 0 past the end."""
     values: Tensor = model(batch)
-    return values[batch.predicting_places()].masked_fill(~batch.response_mask, 0.0)
+    return values[batch.predicting].masked_fill(~batch.response_mask, 0.0)
+
+
+def table_logprobs(
+    model: Any, table: SequenceTable, temperature: float, pool: Pool, rows: IntArray | None = None
+) -> list[FloatArray]:
+    """Log-probs [T] of the response of each row, or of each of ``rows``; tables go in chunks that ``pool`` bounds."""
+    return _each(model, table, rows, pool, lambda batch: response_logprobs(model, batch, temperature))
+
+
+def table_values(model: Any, table: SequenceTable, pool: Pool) -> list[FloatArray]:
+    """A critic's values [T] of the states behind each row's response tokens."""
+    return _each(model, table, None, pool, lambda batch: response_values(model, batch))
+
+
+def row_sums(model: Any, table: SequenceTable, rows: IntArray, temperature: float, pool: Pool) -> Tensor:
+    """Summed response log-probs, float32 [N] on the CPU, of table rows ``rows`` [N]."""
+
+    def sums(batch: PaddedBatch) -> Tensor:
+        return sequence_logprobs(response_logprobs(model, batch, temperature), batch.response_mask)
+
+    return torch.stack(_each(model, table, rows, pool, sums))
+
+
+def table_scores(model: Any, table: SequenceTable, pool: Pool) -> Tensor:
+    """A reward model's raw scores at the last token, float32 [N] on the CPU."""
+    return torch.stack(_each(model, table, None, pool, lambda batch: last_token_scores(model, batch)))
+
+
+@torch.no_grad()
+def _each(
+    model: Any, table: SequenceTable, rows: IntArray | None, pool: Pool, compute: Callable[[PaddedBatch], Tensor]
+) -> list[Any]:
+    """What ``compute`` gives, [B] or [B, T], for each row, or each of ``rows``, in their order and on the CPU."""
+    rows = np.arange(len(table)) if rows is None else rows
+    device = next(model.parameters()).device
+    results: dict[int, Any] = {}
+    for chunk in table.chunks(rows, pool.batch_size, pool.batch_tokens):
+        batch = table.batch(rows[chunk]).to(device)
+        values = compute(batch)
+        cut = cut_rows(values, batch.response_mask) if values.ndim == 2 else values.cpu()
+        results.update(zip(chunk, cut, strict=True))
+    return [results[position] for position in range(len(rows))]
 
 
 def _draw_head(head: nn.Linear, seed: int) -> None:

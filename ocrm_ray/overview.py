@@ -6,11 +6,10 @@ from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import dump_yaml, study_runs
 from ocrm_ray.cost import cost_lines, step_cost
 from ocrm_ray.inspection import network_sizes
-from ocrm_ray.machine import NetworkSizes, memory_gib, pools_by_name
+from ocrm_ray.machine import memory_gib
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 
 def show(config: RunConfig | StudyConfig) -> None:
@@ -30,23 +29,19 @@ def show(config: RunConfig | StudyConfig) -> None:
 
 
 def _show_pools(console: "Console", config: RunConfig) -> None:
-    sizes = network_sizes(config)
-    cost = step_cost(config, sizes)
-    unknown = ["predicted step: not known, a model is not on this machine and no earlier run is in the run folder"]
-    console.print(_pool_table(config, sizes), *(cost_lines(config, cost) if cost else unknown), sep="\n")
-
-
-def _pool_table(config: RunConfig, sizes: NetworkSizes | None) -> "Table":
-    """Pools with their actors and what these take."""
+    """Pools with their actors and what these take, and the predicted step."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    sizes = network_sizes(config)
+    memory = {} if sizes is None else memory_gib(config, sizes)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("pool", "actors", "CPUs", "GPUs", "dtype", "memory"):
-        table.add_column(column, justify="right" if column in ("actors", "CPUs", "GPUs", "memory") else "left")
-    memory = {} if sizes is None else memory_gib(config, sizes)
-    for name, pool in pools_by_name(config).items():
+        table.add_column(column, justify="left" if column in ("pool", "dtype") else "right")
+    for name, pool in config.pools:
         cpus, gpus = pool.num_actors * pool.cpus_per_actor, pool.num_actors * pool.gpus_per_actor
         taken = f"{memory[name]:.1f} GiB" if memory else "?"
         table.add_row(name, str(pool.num_actors), f"{cpus:g}", f"{gpus:g}", pool.dtype, taken)
-    return table
+    cost = step_cost(config, sizes)
+    unknown = ["predicted step: not known, a model is not on this machine and no earlier run is in the run folder"]
+    console.print(table, *(cost_lines(config, cost) if cost else unknown), sep="\n")

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ocrm_ray.cluster import Cluster, Show
 from ocrm_ray.config import RunConfig
 from ocrm_ray.gold import label_pairs
+from ocrm_ray.pools import Cluster, Show
 from ocrm_ray.preferences import Pair
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.records import GenerationRequest, Prompt, Sample

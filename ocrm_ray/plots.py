@@ -12,7 +12,6 @@ from ocrm_ray.run_files import Column, CorrectionWindow, Row, Run, column, corre
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#B5528A", "#E69F00", "#56B4E9", "#1f2933")
@@ -24,6 +23,8 @@ REWARDS = {"gold_mean": "gold reward", "proxy_mean": "proxy reward (RM score)"}
 DISTANCES = {"step": "policy updates", "eval_kl_sft": "√KL from the SFT model (√nats)"}
 PHASES = ("ratios", "refit", "staging and step boundary")
 MAX_LABELLED = 30
+WHOLE: Mapping[str, Any] = {"nbins": 8, "steps": [1, 2, 5, 10], "integer": True}
+"""Ticks of updates and corrections."""
 NUM_SMOOTHED = 9
 
 
@@ -33,19 +34,14 @@ def draw_run(run: Run) -> "dict[str, Figure]":
 
     windows = correction_windows(run)
     updates = [row for row in run.metrics if row.get("step_s")]
-    pictures: dict[str, Figure] = {}
     with matplotlib.rc_context(fname=STYLE):
-        if run.evaluations:
-            pictures["rewards"] = _draw_rewards({run.run_dir.name: [run]})
-            promotions = [window.policy_version for window in windows if window.policy_version is not None]
-            for axes, version in product(pictures["rewards"].axes[:: len(DISTANCES)], promotions):
-                axes.axvline(version, color=MUTED, linewidth=0.6, linestyle=":", zorder=0)
-        if reward_model := _draw_reward_model(run, windows):
-            pictures["reward_model"] = reward_model
-        if updates:
-            pictures["corrections"] = _draw_corrections(updates, windows)
-            pictures["times"] = _draw_times(updates)
-    return pictures
+        pictures = {
+            "rewards": _draw_rewards({run.run_dir.name: [run]}, windows) if run.evaluations else None,
+            "reward_model": _draw_reward_model(run, windows),
+            "corrections": _draw_corrections(updates, windows) if updates else None,
+            "times": _draw_times(updates) if updates else None,
+        }
+    return {name: picture for name, picture in pictures.items() if picture}
 
 
 def draw_study(arms: Mapping[str, Sequence[Run]]) -> "Figure":
@@ -53,7 +49,7 @@ def draw_study(arms: Mapping[str, Sequence[Run]]) -> "Figure":
     import matplotlib
 
     with matplotlib.rc_context(fname=STYLE):
-        return _draw_rewards(arms)
+        return _draw_rewards(arms, ())
 
 
 def save(figure: "Figure", path: Path) -> None:
@@ -78,64 +74,54 @@ def _panels(num_rows: int, num_columns: int, height: float, **options: Any) -> "
     return figure, figure.subplots(num_rows, num_columns, squeeze=False, **options)
 
 
-def _count(axis: "Axis") -> None:
-    """Whole numbers only: updates, corrections."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
-
-
-def _draw_rewards(arms: Mapping[str, Sequence[Run]]) -> "Figure":
+def _draw_rewards(arms: Mapping[str, Sequence[Run]], windows: Sequence[CorrectionWindow]) -> "Figure":
     """Gold (if any) and proxy against updates and against the root of the KL: [1 or 2, 2] panels, arms by colour."""
     has_gold = any(run.has_gold for runs in arms.values() for run in runs)
     rewards = [key for key in REWARDS if has_gold or key != "gold_mean"]
     figure, grid = _panels(len(rewards), len(DISTANCES), 0.3 + 2.7 * len(rewards), sharex="col", sharey="row")
-    for y_key, panels in zip(rewards, grid, strict=True):
-        panels[0].set_ylabel(REWARDS[y_key])
-        for x_key, axes in zip(DISTANCES, panels, strict=True):
-            for (arm, runs), line in zip(arms.items(), cycle(LINES), strict=False):
-                _draw_arm(axes, runs, (x_key, y_key), {**line, "label": arm})
-    for axes, label in zip(grid[-1], DISTANCES.values(), strict=True):
-        axes.set_xlabel(label)
-    _count(grid[-1, 0].xaxis)
+    for axes, (y_key, x_key) in zip(grid.flat, product(rewards, DISTANCES), strict=True):
+        for (arm, runs), line in zip(arms.items(), cycle(LINES), strict=False):
+            _draw_arm(axes, runs, (x_key, y_key), {**line, "label": arm})
+        axes.set(xlabel=DISTANCES[x_key], ylabel=REWARDS[y_key])
+        axes.label_outer()
+    for axes, window in product(grid[:, 0], windows):
+        if window.policy_version is not None:
+            axes.axvline(window.policy_version, color=MUTED, linewidth=0.6, linestyle=":", zorder=0)
+    grid[-1, 0].locator_params("x", **WHOLE)
     if len(arms) > 1:
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(arms), 5))
     return figure
 
 
 def _draw_arm(axes: "Axes", runs: Sequence[Run], keys: tuple[str, str], line: Mapping[str, Any]) -> None:
-    for run in runs if len(runs) > 1 else ():
-        axes.plot(*_points(run.evaluations, keys), color=line["color"], linewidth=0.7, alpha=0.45)
-    rows = mean_over_seeds(runs)
-    x, y = _points(rows, keys)
-    axes.plot(x, y, **line, marker="o", markevery=[-1] if len(runs) > 1 else None)
+    thin = {"color": line["color"], "linewidth": 0.7, "alpha": 0.45}
+    thick = {**line, "marker": "o", "markevery": [-1] if len(runs) > 1 else None}
+    curves = [(run.evaluations, thin) for run in runs if len(runs) > 1]
+    for rows, style in [*curves, (mean_over_seeds(runs), thick)]:
+        x, y = (column(rows, key) for key in keys)
+        if keys[0] == "eval_kl_sft":
+            x = np.sqrt(x.clip(min=0))  # the estimate may be a little below 0 near the SFT model
+        axes.plot(x, y, **style)
     if len(runs) == 1 and keys == ("step", "gold_mean"):
         error = column(runs[0].evaluations, "gold_se")
         axes.fill_between(x, y - error, y + error, color=line["color"], alpha=0.2, linewidth=0)
 
 
-def _points(rows: Sequence[Row], keys: tuple[str, str]) -> tuple[Column, Column]:
-    """The KL as its root; its estimate may be a little below 0 near the SFT model."""
-    x, y = (column(rows, key) for key in keys)
-    return (np.sqrt(x.clip(min=0)) if keys[0] == "eval_kl_sft" else x), y
-
-
 def _draw_reward_model(run: Run, windows: Sequence[CorrectionWindow]) -> "Figure | None":
     """Accuracy on on-policy pairs and each correction's effective sample size, as far as they were measured."""
-    measured = [row for row in run.evaluations if row.get("rm_accuracy") is not None]
-    weighted = [vars(window) for window in windows if window.ess_fraction is not None]
-    panels = [
-        ("RM accuracy on on-policy pairs", "policy updates", "ordered as gold orders them (%)", "linear",
-         column(measured, "step"), column(measured, "rm_accuracy")),
-        ("Effective sample size of each correction", "policy version of the snapshot", "ESS (% of the pairs)", "log",
-         column(weighted, "snapshot_version"), column(weighted, "ess_fraction")),
-    ]  # fmt: skip
-    panels = [panel for panel in panels if len(panel[-1])]
-    if not panels:
+    accuracy = ("RM accuracy on on-policy pairs", "policy updates", "ordered as gold orders them (%)", "linear")
+    ess = ("Effective sample size of each correction", "policy version of the snapshot", "ESS (% of the pairs)", "log")
+    panels = {
+        accuracy: [(row["step"], row.get("rm_accuracy")) for row in run.evaluations],
+        ess: [(window.snapshot_version, window.ess_fraction) for window in windows],
+    }
+    known = {texts: [point for point in points if point[1] is not None] for texts, points in panels.items()}
+    shown = {texts: np.array(points, float) for texts, points in known.items() if points}
+    if not shown:
         return None
-    figure, grid = _panels(1, len(panels), 2.9)
-    for axes, (title, x_label, y_label, scale, x, share) in zip(grid[0], panels, strict=True):
-        axes.plot(x, 100 * share, "o-", color=COLORS[2])
+    figure, grid = _panels(1, len(shown), 2.9)
+    for axes, ((title, x_label, y_label, scale), points) in zip(grid[0], shown.items(), strict=True):
+        axes.plot(points[:, 0], 100 * points[:, 1], "o-", color=COLORS[2])
         axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale=scale)
     return figure
 
@@ -149,16 +135,15 @@ def _draw_corrections(updates: Sequence[Row], windows: Sequence[CorrectionWindow
     grid[0, 0].set(title="Rollout tokens trained on", ylabel="tokens / s", xlim=(0, None), ylim=(0, None))
     for window in windows:
         grid[0, 0].axvspan(window.started_s / 60, window.ended_s / 60, color=SHADE, linewidth=0, zorder=0)
+    grid[-1, 0].set_xlabel("minutes since the start")
     if windows:
         _draw_timeline(grid[1, 0], windows)
-    grid[-1, 0].set_xlabel("minutes since the start")
     return figure
 
 
 def _draw_timeline(axes: "Axes", windows: Sequence[CorrectionWindow]) -> None:
     numbers = np.arange(1, len(windows) + 1)
-    rows = [vars(window) for window in windows]
-    times = np.stack([column(rows, key) for key in ("started_s", "scored_s", "refitted_s", "ended_s")])
+    times = np.array([(w.started_s, w.scored_s, w.refitted_s, w.ended_s) for w in windows], float).T
     reached = np.fmax.accumulate(times / 60)  # a phase that did not happen has no width
     for name, color, start, end in zip(PHASES, COLORS[4::-2], reached[:-1], reached[1:], strict=True):
         bars = axes.barh(numbers, end - start, left=start, height=0.6, color=color, label=name)
@@ -166,7 +151,7 @@ def _draw_timeline(axes: "Axes", windows: Sequence[CorrectionWindow]) -> None:
         lags = [w.outcome if w.lag_steps is None else f"lag {w.lag_steps}" for w in windows]
         axes.bar_label(bars, lags, padding=5, color=MUTED, fontsize="small")
     axes.set(title="Corrections", ylabel="correction", ylim=(len(windows) + 0.6, 0.4))
-    _count(axes.yaxis)
+    axes.locator_params("y", **WHOLE)
     axes.grid(visible=False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(PHASES), borderaxespad=0)
 
@@ -186,7 +171,7 @@ def _draw_times(updates: Sequence[Row]) -> "Figure":
         if axes.lines:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     grid[-1, 0].set_xlabel(DISTANCES["step"])
-    _count(grid[-1, 0].xaxis)
+    grid[-1, 0].locator_params("x", **WHOLE)
     return figure
 
 

@@ -4,17 +4,18 @@
 minibatch so that the shares of its micro-batches sum to the token mean of the whole, whatever their size.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ocrm_ray.algorithm.advantages import gae, grpo_advantages, rloo_advantages, shaped_rewards, whiten
-from ocrm_ray.algorithm.kl import kl_terms
-from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss, truncated_weights
+from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss, kl_terms, truncated_weights
 from ocrm_ray.batches import PaddedBatch, SequenceTable, pad_rows
 from ocrm_ray.config import MissingEosPenalty, Policy, Rollout
 from ocrm_ray.errors import RunError
@@ -127,7 +128,10 @@ def build_targets(experience: Experience, policy: Policy, rollout: Rollout, valu
     baselines and statistics of others. With the KL in the reward, RLOO and GRPO subtract its sum over the response
     from the score, PPO spreads it over the tokens.
     """
-    counted, scores = _counted_scores(experience, rollout)
+    counted, scores = experience.has_eos, experience.scores
+    if isinstance(rollout.missing_eos, MissingEosPenalty):
+        scores = scores.where(counted, rollout.missing_eos.penalty)
+        counted = torch.ones_like(counted)
     loss_mask = experience.mask & counted[:, None]
     coefficient = policy.kl_coefficient if policy.kl_placement == "reward" else 0.0
     kl = kl_terms(experience.sampler_logprobs, experience.anchor_logprobs, policy.kl_estimator)
@@ -140,14 +144,6 @@ def build_targets(experience: Experience, policy: Policy, rollout: Rollout, valu
     baseline = rloo_advantages if policy.algorithm == "rloo" else grpo_advantages
     advantages = baseline(rewards, valid=counted.view(-1, experience.group_size)).view(-1, 1)
     return Targets(advantages * loss_mask, loss_mask)
-
-
-def _counted_scores(experience: Experience, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """(samples that count, their scores), [N] each."""
-    if isinstance(rollout.missing_eos, MissingEosPenalty):
-        penalty = torch.tensor(rollout.missing_eos.penalty)
-        return torch.ones_like(experience.has_eos), torch.where(experience.has_eos, experience.scores, penalty)
-    return experience.has_eos, experience.scores
 
 
 def minibatches(num_samples: int, num_minibatches: int, seed: Seq[int]) -> list[IntArray]:
@@ -167,23 +163,18 @@ def micro_batches(
         chosen = rows[chunk]
         index = torch.from_numpy(chosen)
         batch = experience.table.batch(chosen)
-        width = int(batch.response_lengths.max())
+        width = batch.response_mask.shape[1]
 
-        def cut(values: Tensor, index: Tensor = index, width: int = width) -> Tensor:
-            return values[index, :width].to(device)
+        def cut(values: Tensor | None, index: Tensor = index, width: int = width) -> Any:
+            return None if values is None else values[index, :width].to(device)
 
         yield MicroBatch(
             batch=batch.to(device),
             experience_rows=index,
             sampler_logprobs=cut(experience.sampler_logprobs),
             anchor_logprobs=cut(experience.anchor_logprobs),
-            old_logprobs=None if experience.old_logprobs is None else cut(experience.old_logprobs),
-            targets=Targets(
-                cut(targets.advantages),
-                cut(targets.loss_mask),
-                None if targets.values is None else cut(targets.values),
-                None if targets.returns is None else cut(targets.returns),
-            ),
+            old_logprobs=cut(experience.old_logprobs),
+            targets=Targets(*map(cut, (targets.advantages, targets.loss_mask, targets.values, targets.returns))),
             share=float(targets.loss_mask[index].sum()) / num_tokens,
         )
 
@@ -227,56 +218,37 @@ def learning_rate_factor(update: int, policy: Policy, period: int) -> float:
     return max(1.0 - update / period, 1.0 / period)
 
 
-@dataclass(slots=True)
 class UpdateStatistics:
-    """What an update reports, summed up while it runs."""
+    """What an update reports: sums of terms over sums of weights, by name of the report's field."""
 
-    losses: list[float] = field(default_factory=list)
-    value_losses: list[float] = field(default_factory=list)
-    clip_shares: list[float] = field(default_factory=list)
-    truncated_shares: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    entropy_sum: float = 0.0
-    num_entropy_tokens: int = 0
-    gap_sum: float = 0.0
-    num_gap_tokens: int = 0
+    def __init__(self) -> None:
+        self.sums: defaultdict[str, Any] = defaultdict(float)
+        self.weights: defaultdict[str, Any] = defaultdict(float)
 
-    def add_step(self, means: Seq[float]) -> None:
-        """Loss, clip share and truncated share of one optimiser step."""
-        for values, mean in zip((self.losses, self.clip_shares, self.truncated_shares), means, strict=True):
-            values.append(mean)
-
-    def add_entropy(self, entropy: Tensor, micro: MicroBatch) -> None:
-        """``entropy`` [B, T] of a micro-batch."""
-        self.entropy_sum += float(entropy.sum())
-        self.num_entropy_tokens += int(micro.batch.response_lengths.sum())
+    def add(self, weight: Tensor | float, **terms: Tensor | float) -> None:
+        """A term to each named sum, and ``weight`` to what it is divided by; nothing waits for a GPU here."""
+        for name, term in terms.items():
+            self.sums[name] += torch.as_tensor(term).detach().double()
+            self.weights[name] += weight
 
     def add_gap(self, logprobs: Tensor, micro: MicroBatch, experience: Experience, version: int) -> None:
         """``logprobs`` [B, T] by the weights of ``version``; only samples that it produced alone are compared."""
         same = (experience.versions[micro.experience_rows] == version).to(logprobs.device)
-        gaps = (logprobs.detach() - micro.sampler_logprobs).abs()
         compared = micro.batch.response_mask & same[:, None]
-        self.gap_sum += float(gaps[compared].sum())
-        self.num_gap_tokens += int(compared.sum())
+        self.add(compared.sum(), logprob_gap=(logprobs - micro.sampler_logprobs).abs()[compared].sum())
 
     def report(self, experience: Experience, version: int, seconds: float) -> UpdateReport:
         """The report of the update to ``version``; KLs are means over responses of k1 sums, from sampling log-probs."""
-        against_anchor = experience.sampler_logprobs - experience.anchor_logprobs
-        against_sft = experience.sampler_logprobs - experience.sft_logprobs
+        sampler = experience.sampler_logprobs
+        names = ("loss", "entropy", "clip_share", "grad_norm", "logprob_gap", "truncated_share")
         return UpdateReport(
             version=version,
-            loss=_mean(self.losses),
-            kl_anchor=float(against_anchor.sum(1).mean()),
-            kl_sft=float(against_sft.sum(1).mean()),
-            entropy=self.entropy_sum / max(self.num_entropy_tokens, 1),
-            clip_share=_mean(self.clip_shares),
-            grad_norm=_mean(self.grad_norms),
-            logprob_gap=self.gap_sum / max(self.num_gap_tokens, 1),
+            kl_anchor=float((sampler - experience.anchor_logprobs).sum(1).mean()),
+            kl_sft=float((sampler - experience.sft_logprobs).sum(1).mean()),
+            value_loss=self._mean("value_loss") if "value_loss" in self.sums else None,
             seconds=seconds,
-            value_loss=_mean(self.value_losses) if self.value_losses else None,
-            truncated_share=_mean(self.truncated_shares),
+            **{name: self._mean(name) for name in names},
         )
 
-
-def _mean(values: Seq[float]) -> float:
-    return sum(values) / max(len(values), 1)
+    def _mean(self, name: str) -> float:
+        return float(self.sums[name]) / (float(self.weights[name]) or 1.0)

@@ -1,13 +1,15 @@
-"""The four pools as the coordinator sees them, and the evaluator: small protocols, nothing of Ray.
+"""The four pools as the coordinator sees them, the evaluator, and the stages' cluster: protocols, nothing of Ray.
 
 ``actors.groups`` implements them over Ray actors, ``tests/fakes.py`` in process. Every call has a deadline of
 its own inside the pool; an actor's failure surfaces as that call's exception.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
+from ocrm_ray.progress import ProgressState
 from ocrm_ray.records import (
     Calibration,
     EvaluationReport,
@@ -125,3 +127,35 @@ class Pools:
     scoring: ScoringPool
     reward: RewardPool
     evaluator: Evaluator
+
+
+Show = Callable[[ProgressState], None]
+"""Receives progress, to be shown where the user is."""
+
+
+class Cluster(Protocol):
+    """What the stages ask of a cluster: the work that needs networks, in verbs.
+
+    Actors start as they are needed; ``close`` ends all that is left.
+    """
+
+    async def train_sft(self, show: Show) -> dict[str, object]:
+        """Fine-tune the base model on the training prompts' references, into the SFT stage's folder; its figures."""
+
+    async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
+        """Sample from the SFT model."""
+
+    async def gold(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
+        """Gold scores [N]."""
+
+    async def train_reward(self, show: Show) -> dict[str, object]:
+        """Train the first reward model on all training pairs, into the reward stage's folder; returns its figures."""
+
+    async def behaviour_logprobs(self, num_pairs: int, show: Show) -> FloatArray:
+        """Summed log-probs [N, 2] of the training pairs under who wrote them, at their own temperature."""
+
+    async def pools(self) -> Pools:
+        """The pools of RL, ready: the policy is the SFT model at version 0, the first reward model is live."""
+
+    async def close(self) -> None:
+        """End every process."""

@@ -143,15 +143,12 @@ def _torch_seed(seed: int, stream: int) -> int:
 def _llama_config(hidden_size: int, num_layers: int, **settings: object) -> Any:
     from transformers import LlamaConfig
 
-    num_heads = hidden_size // HEAD_DIM
     return LlamaConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
         num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_heads,
-        head_dim=HEAD_DIM,
+        num_attention_heads=hidden_size // HEAD_DIM,
         max_position_embeddings=MAX_TOKENS,
         pad_token_id=VOCABULARY.index(PAD),
         bos_token_id=None,

@@ -17,6 +17,7 @@ from ocrm_ray.conversations import (
     answer_text,
     encode_prompt,
     encode_response,
+    first_value,
     parse_message,
     parse_messages,
     prompt_text,
@@ -28,7 +29,6 @@ from ocrm_ray.records import Sequence as TokenSequence
 PairTexts: TypeAlias = tuple[PromptContent, str, str]
 _Dropped: TypeAlias = Literal["too long", "empty", "identical"]
 
-_HISTORY_COLUMNS = ("prompt", "conversations", "messages")
 _SIDES = ("chosen", "rejected")
 
 
@@ -130,27 +130,26 @@ def _pair_row(pair: Pair) -> dict[str, object]:
 
 def _texts(row: Row) -> PairTexts:
     """Prompt, chosen and rejected text of one row, whatever its form. Raises ValueError."""
-    history = next((row[name] for name in _HISTORY_COLUMNS if row.get(name) is not None), None)
+    history = first_value(row, "prompt", "conversations", "messages")
     if history is not None and not isinstance(history, str | list):
         raise ValueError(f"the prompt is {type(history).__name__}, not a string or messages")
     content = parse_messages(history) if isinstance(history, list) else history
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return _split_transcripts(chosen, rejected) if content is None else (content, chosen, rejected)
-    if isinstance(chosen, Mapping) and isinstance(rejected, Mapping) and content is not None:
-        return content, parse_message(chosen)["content"], parse_message(rejected)["content"]
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        return _split_conversations(content, parse_messages(chosen), parse_messages(rejected))
-    kinds = f"chosen is {_kind(chosen)} and rejected is {_kind(rejected)}"
-    raise ValueError(kinds if content is not None else f"{kinds}, and there is no prompt")
-
-
-def _split_transcripts(chosen: str, rejected: str) -> PairTexts:
-    cut = commonprefix([chosen, rejected]).rfind(TURN_TO_ANSWER)  # noqa: RUF071
-    if cut < 0:
-        raise ValueError("there is no prompt, and chosen and rejected share no beginning up to 'Assistant:'")
-    cut += len(TURN_TO_ANSWER)
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    match chosen, rejected:
+        case str(), str() if content is not None:
+            return content, chosen, rejected
+        case str(), str():
+            cut = commonprefix([chosen, rejected]).rfind(TURN_TO_ANSWER) + len(TURN_TO_ANSWER)  # noqa: RUF071
+            if cut < len(TURN_TO_ANSWER):
+                raise ValueError("there is no prompt, and chosen and rejected share no beginning up to 'Assistant:'")
+            return chosen[:cut], chosen[cut:], rejected[cut:]
+        case Mapping(), Mapping() if content is not None:
+            return content, parse_message(chosen)["content"], parse_message(rejected)["content"]
+        case list(), list():
+            return _split_conversations(content, parse_messages(chosen), parse_messages(rejected))
+    kinds = ["missing" if side is None else type(side).__name__ for side in (chosen, rejected)]
+    no_prompt = ", and there is no prompt" if content is None else ""
+    raise ValueError(f"chosen is {kinds[0]} and rejected is {kinds[1]}{no_prompt}")
 
 
 def _split_conversations(content: PromptContent | None, chosen: list[Message], rejected: list[Message]) -> PairTexts:
@@ -165,10 +164,6 @@ def _split_conversations(content: PromptContent | None, chosen: list[Message], r
     if isinstance(shared, list) and shared[-1]["role"] == "assistant":
         raise ValueError("the prompt ends with an assistant's message")
     return shared, chosen[-1]["content"], rejected[-1]["content"]
-
-
-def _kind(value: object) -> str:
-    return "missing" if value is None else type(value).__name__
 
 
 PAIR_ROWS = RowForm(

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,15 +20,12 @@ class ProgressState:
 
     stage: str
     done: int = 0
-    total: int | None = None
-    """None for a stage that does not count."""
+    total: int | None = None  # None for a stage that does not count
     unit: str = ""
-    arm: str | None = None
-    """Arm and seed, in a study."""
+    arm: str | None = None  # arm and seed, in a study
     proxy: float | None = None
     gold: float | None = None
-    kl: float | None = None
-    """From the SFT model, nats a response."""
+    kl: float | None = None  # from the SFT model, nats a response
 
     @property
     def title(self) -> str:
@@ -44,7 +42,7 @@ class ProgressState:
         return "  ".join(f"{name} {value:.2f}" for name, value in named if value is not None)
 
 
-class ProgressDisplay:
+class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
     """``with ProgressDisplay() as display: display.update(state)``.
 
     On a terminal the stages stay as bars; elsewhere a line is written when a stage begins and ends, and at most every
@@ -71,10 +69,6 @@ class ProgressDisplay:
             disable=not self._console.is_terminal,
         )
 
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._show_last()
         if not self._bars.disable:
@@ -84,6 +78,7 @@ class ProgressDisplay:
         """Show a state; cheap enough for every step."""
         is_new = state.title != self._state.title
         if is_new:
+            self._bars.start()
             self._show_last()
             for task in self._bars.tasks[-1:]:  # a stage ends when the next begins
                 self._bars.update(task.id, total=task.completed)
@@ -99,21 +94,17 @@ class ProgressDisplay:
         if not self._bars.disable or self._state == self._shown:
             return
         state, task, now_s = self._state, self._bars.tasks[-1], self._clock()
-        parts = [f"[{timedelta(seconds=int(now_s - self._start_s))}]", state.title, state.count]
-        if task.speed:
-            parts.append(f"{task.speed:.3g} {state.unit}/s")
-        if task.time_remaining:
-            parts.append(f"{duration_text(task.time_remaining)} left")
-        line = "  ".join(part for part in (*parts, state.figures) if part)
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        speed = task.speed and f"{task.speed:.3g} {state.unit}/s"
+        left = task.time_remaining and f"{duration_text(task.time_remaining)} left"
+        since_start = f"[{timedelta(seconds=int(now_s - self._start_s))}]"
+        parts = filter(None, (since_start, state.title, state.count, speed, left, state.figures))
+        self._console.print(*parts, sep="  ", markup=False, highlight=False, soft_wrap=True)
         self._shown, self._shown_s = state, now_s
 
 
 def duration_text(seconds: float) -> str:
     """``8.4 s``, ``45 s``, ``3 min 20 s``, ``1 h 05 min``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if round(seconds) < 60:
-        return f"{seconds:.0f} s"
     minutes, whole = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     return f"{minutes} min {whole} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ocrm_ray.config import Data
-from ocrm_ray.conversations import Message, PromptContent, answer_text, encode_prompt, parse_messages, prompt_text
+from ocrm_ray.conversations import PromptContent, answer_text, encode_prompt, first_value, parse_messages, prompt_text
 from ocrm_ray.data_files import Row, RowForm, read_jsonl, write_jsonl
 from ocrm_ray.errors import mistake
 from ocrm_ray.records import Prompt
@@ -77,30 +77,22 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _content(row: Row) -> tuple[PromptContent, str | None]:
     """Prompt and reference of one row. Raises ValueError."""
-    messages = [row[name] for name in _MESSAGE_COLUMNS if row.get(name) is not None]
-    if isinstance(row.get("prompt"), list):
-        messages.append(row["prompt"])
-    if messages:
-        return _split_answer(parse_messages(messages[0]), _reference(row))
-    if row.get("prompt") is not None:
-        return _text(row, "prompt"), _reference(row)
+    answers = [name for name in _REFERENCE_COLUMNS if row.get(name) is not None]
+    reference = _text(row, answers[0]) if answers else None
+    prompt = first_value(row, *_MESSAGE_COLUMNS, "prompt")
+    if isinstance(prompt, list) or first_value(row, *_MESSAGE_COLUMNS) is not None:
+        messages = parse_messages(prompt)
+        if messages[-1]["role"] != "assistant":
+            return messages, reference
+        if len(messages) == 1:
+            raise ValueError("messages hold an answer and no prompt")
+        return messages[:-1], messages[-1]["content"]
+    if prompt is not None:
+        return _text(row, "prompt"), reference
     instruction = _text(row, "instruction")
     added = _text(row, "input") if row.get("input") is not None else ""
     content = f"{instruction}\n\n{added}" if added.strip() else instruction
-    return [{"role": "user", "content": content}], _reference(row)
-
-
-def _split_answer(messages: list[Message], reference: str | None) -> tuple[PromptContent, str | None]:
-    if messages[-1]["role"] != "assistant":
-        return messages, reference
-    if len(messages) == 1:
-        raise ValueError("messages hold an answer and no prompt")
-    return messages[:-1], messages[-1]["content"]
-
-
-def _reference(row: Row) -> str | None:
-    name = next((name for name in _REFERENCE_COLUMNS if row.get(name) is not None), None)
-    return None if name is None else _text(row, name)
+    return [{"role": "user", "content": content}], reference
 
 
 def _text(row: Row, name: str) -> str:

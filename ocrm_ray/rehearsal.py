@@ -16,12 +16,7 @@ Booked: TypeAlias = defaultdict[str, list[tuple[float, float]]]
 """What actors drew, by kind of work: (start in seconds since the run's start, seconds)."""
 BACKGROUND = ("ratios", "refit")
 """A correction's work, which limits no step."""
-WAITS = {
-    "rollouts": "rollout_wait_s",
-    "stragglers among them": "straggler_wait_s",
-    "publishes": "publish_wait_s",
-    "corrections": "correction_wait_s",
-}
+WAITS = ("rollout", "straggler", "publish", "correction")
 
 
 @dataclass(frozen=True)
@@ -29,16 +24,11 @@ class Figures:
     """Of the measured updates; seconds are means of a step."""
 
     step_s: float
-    busy_s: Mapping[str, float]
-    """Drawn by each worker of a pool, and by ``BACKGROUND``."""
-    wait_s: Mapping[str, float]
-    """Training waited for them."""
-    staleness: Counter[int]
-    """Rollouts by the updates between their oldest token and their use."""
-    lags: Counter[int]
-    """Corrections by the updates between snapshot and promotion."""
-    ages: Counter[int]
-    """Updates by those since the snapshot that their reward model was right for."""
+    busy_s: Mapping[str, float]  # drawn by each worker of a pool, and by BACKGROUND
+    wait_s: Mapping[str, float]  # training waited for them
+    staleness: Counter[int]  # rollouts by the updates between their oldest token and their use
+    lags: Counter[int]  # corrections by the updates between snapshot and promotion
+    ages: Counter[int]  # updates by those since the snapshot that their reward model was right for
     num_deferred: int
 
     @property
@@ -69,13 +59,9 @@ def prepared(config: RunConfig) -> RunConfig:
             raise mistake("rehearsal", "nothing", need, "write that section")
         rehearsal = _durations_of(config, cost)
     num_updates = _num_filling(config) + rehearsal.num_updates + config.rollout.max_staleness + 1
-    changes: dict[str, dict[str, object]] = {
-        "policy": {"num_updates": num_updates},
-        "evaluation": {"every": num_updates},
-        "checkpoint": {"every": num_updates},
-        "correction": {"num_pairs": None},
-    }
-    sections = {name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
+    changes = {"policy": ("num_updates", num_updates), "correction": ("num_pairs", None)}
+    changes |= dict.fromkeys(("evaluation", "checkpoint"), ("every", num_updates))
+    sections = {name: getattr(config, name).model_copy(update=dict([change])) for name, change in changes.items()}
     return config.model_copy(update={"rehearsal": rehearsal, **sections})
 
 
@@ -107,9 +93,9 @@ def _workers(config: RunConfig) -> dict[str, int]:
     pools, rehearsal = config.pools, config.rehearsal
     assert rehearsal is not None
     num_engines = pools.generation.num_actors
-    workers = {"generation": num_engines * rehearsal.engine_slots, "scoring": pools.scoring.num_actors}
-    workers |= {"reward": pools.reward.num_actors, "policy": 1, "publish": num_engines}
-    return workers | dict.fromkeys(BACKGROUND, 1)
+    workers = {"scoring": pools.scoring.num_actors, "reward": pools.reward.num_actors, "policy": 1}
+    generation = {"generation": num_engines * rehearsal.engine_slots}
+    return generation | workers | {"publish": num_engines} | dict.fromkeys(BACKGROUND, 1)
 
 
 def figures(config: RunConfig, run: Run, booked: Booked) -> Figures:
@@ -130,7 +116,7 @@ def figures(config: RunConfig, run: Run, booked: Booked) -> Figures:
     return Figures(
         step_s=fmean(row["step_s"] for row in measured),
         busy_s=busy_s,
-        wait_s={name: fmean(row[key] for row in measured) for name, key in WAITS.items()},
+        wait_s={name: fmean(row[f"{name}_wait_s"] for row in measured) for name in WAITS},
         staleness=Counter(int(updates) for start, updates in booked["staleness"] if start_s <= start < end_s),
         lags=Counter(e["lag_steps"] for e in promoted if first < e["policy_version"] <= first + num_steps),
         ages=Counter(ages),
@@ -142,15 +128,14 @@ def figure_lines(config: RunConfig, found: Figures) -> list[str]:
     """A table of the pools, and what to read beside it."""
     cost, workers = step_cost(config, None), _workers(config)
     assert cost is not None
+    idle = {work: max(0.0, 1 - busy_s / found.step_s) for work, busy_s in found.busy_s.items()}
     lines = [
         f"{'':12}{'workers':>8}{'busy s/step':>13}{'idle':>7}",
-        *(
-            f"{work:12}{workers[work]:8}{busy_s:13.3f}{max(0.0, 1 - busy_s / found.step_s):7.0%}"
-            for work, busy_s in found.busy_s.items()
-        ),
+        *(f"{work:12}{workers[work]:8}{found.busy_s[work]:13.3f}{share:7.0%}" for work, share in idle.items()),
         f"step: {seconds_text(found.step_s)}, predicted {seconds_text(cost.step_s)}",
         f"limit: {seconds_text(found.limit_s)} ({found.bottleneck}); overlap efficiency {found.efficiency:.1%}",
-        "training waited, s/step: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in found.wait_s.items()),
+        "training waited, s/step: rollouts {rollout:.3f}, stragglers among them {straggler:.3f}, "
+        "publishes {publish:.3f}, corrections {correction:.3f}".format(**found.wait_s),
         f"rollouts by staleness: {_histogram(found.staleness)}",
         f"corrections: {correction_line(config, replace(cost, step_s=found.step_s))}",
     ]

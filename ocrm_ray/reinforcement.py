@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ocrm_ray.cluster import Cluster, Show
 from ocrm_ray.config import RunConfig
 from ocrm_ray.config_file import dump_yaml
 from ocrm_ray.coordinator import Coordinator, TrainingData
 from ocrm_ray.correction import PairData
 from ocrm_ray.metrics import RunLog, StepRecord, summarise
+from ocrm_ray.pools import Cluster, Show
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.records import EvaluationReport

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 from torch import Tensor
 
-from ocrm_ray.algorithm.preference_loss import bradley_terry_loss
+from ocrm_ray.algorithm.reward_scores import bradley_terry_loss
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.preferences import Pair
 from ocrm_ray.records import IntArray, Sequence

@@ -49,8 +49,7 @@ class CorrectionWindow:
     started_s: float
     ended_s: float
     snapshot_version: int | None = None
-    outcome: str = "in flight"
-    """``promoted``, ``failed``, ``cut off`` (the run was resumed meanwhile) or ``in flight``."""
+    outcome: str = "in flight"  # or one of OUTCOMES
     scored_s: float | None = None
     refitted_s: float | None = None
     reward_version: int | None = None
@@ -62,7 +61,7 @@ class CorrectionWindow:
 
 PHASE_ENDS = {"ratios_scored": "scored_s", "refit_finished": "refitted_s"}
 OUTCOMES = {"promoted": "promoted", "correction_failed": "failed", "resumed": "cut off"}
-PROMOTED_FIELDS = ("reward_version", "policy_version", "ess_fraction", "lag_steps", "num_rollouts_finished")
+"""By the event that ends a correction; a run that is resumed has lost it."""
 
 
 class JsonlWriter:
@@ -140,13 +139,9 @@ def correction_windows(run: Run) -> list[CorrectionWindow]:
         if name == "correction_started":
             end_s = last_time_s(run.metrics, run.events)
             windows.append(CorrectionWindow(now, end_s, event.get("snapshot_version")))
-        if not windows or windows[-1].outcome != "in flight":
-            continue
-        window = windows[-1]
-        if name in PHASE_ENDS:
-            setattr(window, PHASE_ENDS[name], now)
-        if name in OUTCOMES:
-            window.outcome, window.ended_s = OUTCOMES[name], now
-        for key in PROMOTED_FIELDS if name == "promoted" else ():
-            setattr(window, key, event.get(key))
+        elif windows and windows[-1].outcome == "in flight":
+            told: Row = {PHASE_ENDS[name]: now} if name in PHASE_ENDS else {}
+            told |= {"outcome": OUTCOMES[name], "ended_s": now} if name in OUTCOMES else {}
+            told |= {key: event[key] for key in vars(windows[-1]).keys() & event} if name == "promoted" else {}
+            vars(windows[-1]).update(told)
     return windows

@@ -9,20 +9,19 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import shutil
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ocrm_ray.cluster import Cluster, Show
 from ocrm_ray.config import DataFile, RunConfig
 from ocrm_ray.data_files import read_rows
 from ocrm_ray.networks import load_tokenizer
 from ocrm_ray.pair_sampling import sample_pairs
+from ocrm_ray.pools import Cluster, Show
 from ocrm_ray.praise import write_world
 from ocrm_ray.preferences import load_pairs, split_pairs, write_pairs
 from ocrm_ray.progress import ProgressState
@@ -54,7 +53,7 @@ def file_fingerprint(name: str) -> str:
 
 @dataclass(frozen=True)
 class StageFolder:
-    """One stage's result. ``begin`` empties the folder; ``finish`` marks it complete, last and atomically."""
+    """One stage's result, made from ``inputs``."""
 
     path: Path
     inputs: Mapping[str, object]
@@ -75,15 +74,15 @@ class StageFolder:
         return self.facts.get("fingerprint") == self.fingerprint
 
     def begin(self) -> None:
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        """Empty the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True)
 
     def finish(self, **facts: object) -> None:
-        marker = self.path / MARKER
-        staged = marker.with_suffix(".tmp")
+        """Mark the result complete, last and atomically."""
+        staged = self.path / "stage.tmp"
         staged.write_text(json.dumps({"fingerprint": self.fingerprint, **facts}, indent=2, default=str) + "\n")
-        os.replace(staged, marker)
+        staged.replace(self.path / MARKER)
 
 
 @dataclass(frozen=True)
@@ -112,115 +111,103 @@ def stage_paths(config: RunConfig) -> StagePaths:
     )
 
 
+@dataclass
 class Stages:
     """Runs what is missing, in order; ``show`` receives progress."""
 
-    def __init__(self, config: RunConfig, cluster: Cluster, show: Show) -> None:
-        self.config = config
-        self.paths = stage_paths(config)
-        self.cluster = cluster
-        self.show = show
-        self.folder = functools.cache(self._folder)
+    config: RunConfig
+    cluster: Cluster
+    show: Show
+
+    def __post_init__(self) -> None:
+        self.paths = stage_paths(self.config)
+        self.folder = functools.cache(lambda name: StageFolder(self.paths.root / name, self._inputs(name)))
 
     async def run(self) -> None:
         """All stages, up to and including the first reward model and, where ratios are needed, its log-probs."""
-        await self._stage("world", self.config.world is not None, self._world)
-        await self._stage("data", True, self._data)
-        await self._stage("sft", self.config.sft.ready is None, self._sft)
-        await self._stage("pairs", True, self._pairs)
-        await self._stage("reward", self.config.reward.ready is None, self._reward)
-        await self._stage("logprobs", make_strategy(self.config.correction).needs_ratios, self._logprobs)
-
-    def _folder(self, name: str) -> StageFolder:
-        """The folder of a stage, fingerprinted by its own settings, the files it reads, and the stages before it."""
-        return StageFolder(self.paths.root / name, self._inputs(name))
+        config = self.config
+        stages: list[tuple[str, bool, Callable[[Path], Awaitable[Mapping[str, object]]]]] = [
+            ("world", config.world is not None, self._world),
+            ("data", True, self._data),
+            ("sft", config.sft.ready is None, lambda _: self.cluster.train_sft(self.show)),
+            ("pairs", True, self._pairs),
+            ("reward", config.reward.ready is None, lambda _: self.cluster.train_reward(self.show)),
+            ("logprobs", make_strategy(config.correction).needs_ratios, self._logprobs),
+        ]
+        for name, is_needed, work in stages:
+            folder = self.folder(name)
+            if is_needed and not folder.is_done:
+                self.show(ProgressState(stage=name))
+                folder.begin()
+                facts = await work(folder.path)
+                folder.finish(**facts)
+                logger.info("stage %s is done: %s", name, facts)
 
     def _inputs(self, name: str) -> dict[str, object]:
-        config = self.config
-        if name == "world":
-            return {"seed": config.seed, "world": config.world}
-        if name == "data":
-            source = config.data.prompts.path if config.data.prompts else None
-            read = file_fingerprint(source) if source else self.folder("world").fingerprint
-            return {"seed": config.seed, "data": config.data, "read": read, "tokenizer": self._sft_source()}
-        if name == "sft":
-            trainer = (config.pools.policy.dtype, config.policy.max_grad_norm, config.rollout.max_new_tokens)
-            data = self.folder("data").fingerprint
-            return {"sft": config.sft, "base": self._sft_source(), "trainer": trainer, "data": data}
-        if name == "pairs":
-            ready = config.pairs.ready
-            sampler = (config.rollout.max_new_tokens, config.pools.generation.dtype, config.gold)
-            content = file_fingerprint(ready.path) if ready else None
-            return {"pairs": config.pairs, "sampler": sampler, "read": content, "sft": self.folder("sft").fingerprint}
-        if name == "reward":
-            base = file_fingerprint(config.reward.base) if config.reward.base else None
-            training, dtype, pairs = config.reward.training, config.pools.reward.dtype, self.folder("pairs").fingerprint
-            return {"training": training, "base": base, "dtype": dtype, "pairs": pairs}
-        assert name == "logprobs"
-        behaviour = (file_fingerprint(config.pairs.behaviour), config.pairs.temperature, config.pools.scoring.dtype)
-        return {"behaviour": behaviour, "pairs": self.folder("pairs").fingerprint}
+        """What a stage's result depends on: its own settings, the files it reads, and the stages before it."""
+        config, pools = self.config, self.config.pools
+        match name:
+            case "world":
+                return {"seed": config.seed, "world": config.world}
+            case "data":
+                prompts = config.data.prompts
+                read = file_fingerprint(prompts.path) if prompts else self.folder("world").fingerprint
+                return {"seed": config.seed, "data": config.data, "read": read, "tokenizer": self._sft_source()}
+            case "sft":
+                trainer = (pools.policy.dtype, config.policy.max_grad_norm, config.rollout.max_new_tokens)
+                data = self.folder("data").fingerprint
+                return {"sft": config.sft, "base": self._sft_source(), "trainer": trainer, "data": data}
+            case "pairs":
+                sampler = (config.rollout.max_new_tokens, pools.generation.dtype, config.gold)
+                ready = file_fingerprint(config.pairs.ready.path) if config.pairs.ready else None
+                return {"pairs": config.pairs, "sampler": sampler, "read": ready, "sft": self.folder("sft").fingerprint}
+            case "reward":
+                base = file_fingerprint(config.reward.base) if config.reward.base else None
+                own: object = (config.reward.training, base, pools.reward.dtype)
+            case _:
+                own = (file_fingerprint(config.pairs.behaviour), config.pairs.temperature, pools.scoring.dtype)
+        return {"own": own, "pairs": self.folder("pairs").fingerprint}
 
     def _sft_source(self) -> str:
-        if self.config.world is not None:
-            return self.folder("world").fingerprint
-        return file_fingerprint(self.config.sft.ready or self.paths.policy_base)
+        is_world = self.config.world is not None
+        return self.folder("world").fingerprint if is_world else file_fingerprint(self.paths.policy_base)
 
-    async def _stage(
-        self, name: str, is_needed: bool, work: Callable[[StageFolder], Awaitable[Mapping[str, object]]]
-    ) -> None:
-        folder = self.folder(name)
-        if is_needed and not folder.is_done:
-            self.show(ProgressState(stage=name))
-            folder.begin()
-            facts = await work(folder)
-            folder.finish(**facts)
-            logger.info("stage %s is done: %s", name, facts)
-
-    async def _world(self, folder: StageFolder) -> dict[str, object]:
+    async def _world(self, folder: Path) -> dict[str, object]:
         assert self.config.world is not None
-        write_world(folder.path, self.config.world, self.config.seed)
+        write_world(folder, self.config.world, self.config.seed)
         return {}
 
-    async def _data(self, folder: StageFolder) -> dict[str, int]:
+    async def _data(self, folder: Path) -> dict[str, int]:
         data, world = self.config.data, self.config.world
         source = data.prompts or DataFile(path=str(self.paths.root / "world" / "prompts.jsonl"))
         prompts, counts = load_prompts(data, read_rows(source, "data.prompts"), self._tokenizer())
         # the world numbers its prompts in random order already, and promises the last ones
         training, heldout = split_prompts(prompts, data.num_heldout, None if world else self.config.seed)
-        write_prompts(folder.path / "prompts.jsonl", training)
-        write_prompts(folder.path / "heldout.jsonl", heldout)
+        write_prompts(folder / "prompts.jsonl", training)
+        write_prompts(folder / "heldout.jsonl", heldout)
         return counts
 
     def _tokenizer(self) -> Any:
-        source = self.config.sft.ready or self.paths.policy_base
-        return load_tokenizer(source, trust_remote_code=self.config.trust_remote_code)
+        return load_tokenizer(self.paths.policy_base, trust_remote_code=self.config.trust_remote_code)
 
-    async def _sft(self, folder: StageFolder) -> dict[str, object]:
-        await self.cluster.train_sft(self.show)
-        return {}
-
-    async def _pairs(self, folder: StageFolder) -> dict[str, object]:
-        config = self.config
+    async def _pairs(self, folder: Path) -> dict[str, object]:
+        config, tokenizer = self.config, self._tokenizer()
         counts: Mapping[str, object]
         if config.pairs.ready:
             rows = read_rows(config.pairs.ready, "pairs.ready")
-            pairs, counts = load_pairs(config.data, rows, self._tokenizer(), config.rollout.max_new_tokens)
+            pairs, counts = load_pairs(config.data, rows, tokenizer, config.rollout.max_new_tokens)
         else:
-            prompts, tokenizer = self.training_prompts(), self._tokenizer()
-            pairs, counts = await sample_pairs(config, self.cluster, prompts, tokenizer, self.show)
+            pairs, counts = await sample_pairs(config, self.cluster, self.training_prompts(), tokenizer, self.show)
         training, heldout = split_pairs(pairs, config.pairs.heldout_share, config.seed)
-        write_pairs(folder.path / "train.jsonl", training)
-        write_pairs(folder.path / "heldout.jsonl", heldout)
+        write_pairs(folder / "train.jsonl", training)
+        write_pairs(folder / "heldout.jsonl", heldout)
         return {"num_training": len(training), "num_heldout": len(heldout), **counts}
 
-    async def _reward(self, folder: StageFolder) -> dict[str, object]:
-        return await self.cluster.train_reward(self.show)
-
-    async def _logprobs(self, folder: StageFolder) -> dict[str, object]:
+    async def _logprobs(self, folder: Path) -> dict[str, object]:
         from safetensors.numpy import save_file
 
         logprobs = await self.cluster.behaviour_logprobs(self.num_training_pairs(), self.show)
-        save_file({"logprobs": logprobs}, folder.path / "behaviour.safetensors")
+        save_file({"logprobs": logprobs}, folder / "behaviour.safetensors")
         return {"mean": float(logprobs.mean())}
 
     def training_prompts(self) -> list[Prompt]:
@@ -239,11 +226,10 @@ class Stages:
 
         if not make_strategy(self.config.correction).needs_ratios:
             return None
-        logprobs: FloatArray = load_file(self.paths.root / "logprobs" / "behaviour.safetensors")["logprobs"]
-        return logprobs
+        return load_file(self.paths.root / "logprobs" / "behaviour.safetensors")["logprobs"]
 
 
-def shuffled_epochs(prompts: list[Prompt], seed: int) -> "itertools.chain[Prompt]":
+def shuffled_epochs(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
     """Every prompt once an epoch, in a new order each, for ever."""
     return itertools.chain.from_iterable(
         [prompts[index] for index in np.random.default_rng([seed, 5, epoch]).permutation(len(prompts))]

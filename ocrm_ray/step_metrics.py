@@ -1,23 +1,25 @@
 """What is measured while a step runs, and its line in metrics.jsonl."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, cast
 
-from ocrm_ray.metrics import POOLS, BusyMeter, StepRecord
+from ocrm_ray.metrics import POOLS, STAGES, BusyMeter, StepRecord
 from ocrm_ray.pools import GenerationPool, PolicyPool, Pools, RewardPool, ScoringPool
 from ocrm_ray.records import Rollout, UpdateReport
 from ocrm_ray.rollout_scoring import ScoreVersions
 
 TRAIN = "train"
-WAITS = ("rollout_wait_s", "correction_wait_s", "publish_wait_s")
-_NO_SECTIONS = dict.fromkeys((TRAIN, *WAITS), 0.0)
-_OF_UPDATE = ("loss", "kl_sft", "kl_anchor", "entropy", "clip_share", "grad_norm", "logprob_gap")
 ROLLOUT_SCORING = "rollout_scoring"
 """Meter of the scores of rollouts alone: the scoring and reward pools also work for corrections."""
 PUBLISHING = "publishing"
 """Meter of engines taking new weights, which goes on beside everything else."""
+METERED = {"generate": "generation", "score": ROLLOUT_SCORING, "publish": PUBLISHING}
+"""Stages whose seconds are those with a request in flight."""
+WAITS = ("rollout_wait_s", "correction_wait_s", "publish_wait_s")
+_OF_UPDATE = ("loss", "kl_sft", "kl_anchor", "entropy", "clip_share", "grad_norm", "logprob_gap")
 
 
 class _Metered:
@@ -54,47 +56,39 @@ def metered(pools: Pools, clock: Callable[[], float]) -> tuple[Pools, dict[str, 
     return behind, meters
 
 
-@dataclass(slots=True)
 class StepClock:
     """Times sections of the loop (``TRAIN`` and ``WAITS``); ``close`` ends a step and starts the next."""
 
-    clock: Callable[[], float]
-    meters: Mapping[str, BusyMeter]
-    section_s: dict[str, float] = field(default_factory=_NO_SECTIONS.copy)
-    totals: Mapping[str, float] = field(default_factory=dict)
-    started: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.started = self.clock()
+    def __init__(self, clock: Callable[[], float], meters: Mapping[str, BusyMeter]) -> None:
+        self._clock = clock
+        self._meters = meters
+        self._totals: Mapping[str, float] = {}
+        self._section_s: defaultdict[str, float] = defaultdict(float)
+        self._started = clock()
 
     @contextmanager
     def timed(self, section: str) -> Iterator[None]:
         """Add the body's seconds to ``section`` of this step."""
-        started = self.clock()
+        started = self._clock()
         try:
             yield
         finally:
-            self.section_s[section] += self.clock() - started
+            self._section_s[section] += self._clock() - started
 
     def close(self, **totals: float) -> dict[str, Any]:
         """Fields of the step's ``StepRecord``: where its seconds went, and what it added to running ``totals``.
 
         Stages overlap, so that their busy seconds sum to more than the step where the pipeline works.
         """
-        now = self.clock()
-        step_s = now - self.started
-        idle_share = {name: meter.idle_share_since_last() for name, meter in self.meters.items()}
-        busy_s = {name: step_s * (1 - share) for name, share in idle_share.items()}
-        fields: dict[str, Any] = self.section_s | {
-            name: total - self.totals.get(name, 0) for name, total in totals.items()
-        }
-        fields["stage_s"] = {
-            "generate": busy_s["generation"],
-            "score": busy_s[ROLLOUT_SCORING],
-            "train": fields.pop(TRAIN),
-            "publish": busy_s[PUBLISHING],
-        }
-        self.started, self.section_s, self.totals = now, _NO_SECTIONS.copy(), totals
+        started, self._started = self._started, self._clock()
+        step_s = self._started - started
+        idle_share = {name: meter.idle_share_since_last() for name, meter in self._meters.items()}
+        stage_s = {name: step_s * (1 - idle_share[meter]) for name, meter in METERED.items()}
+        fields: dict[str, Any] = {name: self._section_s[name] for name in WAITS}
+        fields |= {name: total - self._totals.get(name, 0) for name, total in totals.items()}
+        fields["stage_s"] = {name: stage_s.get(name, self._section_s[TRAIN]) for name in STAGES}
+        self._totals = totals
+        self._section_s.clear()
         return {**fields, "step_s": step_s, "idle_share": {pool: idle_share[pool] for pool in POOLS}}
 
 
@@ -104,18 +98,18 @@ def step_record(
     """The line of update ``update.version``; ``live``: the pair after its promotion, ``fields``: of ``StepClock``."""
     scores = [score for rollout in batch for score in rollout.scores or ()]
     num_tokens = sum(rollout.num_tokens for rollout in batch)
-    used_version = update.version - 1
+    oldest = [rollout.first_version for rollout in batch]
     return StepRecord(
         step=update.version,
         time_s=time_s,
         policy_version=update.version,
         reward_version=live.reward_version,
         anchor_version=live.anchor_version,
-        rollout_version_min=min(rollout.first_version for rollout in batch),
-        reward_mean=sum(score.reward for score in scores) / len(scores),
+        rollout_version_min=min(oldest),
+        reward_mean=fmean(score.reward for score in scores),
         rollout_tokens=num_tokens,
         response_tokens_mean=num_tokens / len(scores),
-        staleness_mean=sum(used_version - rollout.first_version for rollout in batch) / len(batch),
+        staleness_mean=update.version - 1 - fmean(oldest),
         **{name: getattr(update, name) for name in _OF_UPDATE},
         **fields,
     )

@@ -1,39 +1,29 @@
 """A study's table, picture and page: arms compared over seeds, from the run folders of a study folder."""
 
-import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ocrm_ray.errors import mistake
 from ocrm_ray.metrics import summary_of
 from ocrm_ray.plots import draw_study, save
-from ocrm_ray.report import NOT_MEASURED, figure_text, load_template
+from ocrm_ray.report import figure_text, render
 from ocrm_ray.run_files import Run, correction_windows, read_run
 
-
-class Shown(NamedTuple):
-    """A column of the study's table: a figure of ``study.json`` and how it is shown."""
-
-    title: str
-    key: str
-    digits: int
-    explanation: str
-
-
-COLUMNS = (
-    Shown("gold peak", "gold_peak", 2, "largest mean of three neighbouring evaluations"),
-    Shown("gold at end", "gold_mean", 2, "last evaluation"),
-    Shown("end/peak", "gold_share_of_peak", 2, "share of the peak that is left; not given for a peak of 0 or less"),
-    Shown("win rate", "gold_win_rate", 2, "by gold against the SFT model's responses, a tie counts half"),
-    Shown("proxy", "proxy_mean", 2, "score of the live reward model, last evaluation"),
-    Shown("KL", "kl_sft", 1, "from the SFT model, nats a response, last evaluation"),
-    Shown("ESS", "ess_fraction", 3, "effective sample size of a correction's weights, mean, as a share of its pairs"),
-    Shown("seconds", "wall_s", 0, "wall time"),
-)
-AVERAGED = ("gold_drop_from_peak", "lag_steps", "steps", *(shown.key for shown in COLUMNS))
+COLUMNS = {
+    "gold_peak": ("gold peak", 2, "largest mean of three neighbouring evaluations"),
+    "gold_mean": ("gold at end", 2, "last evaluation"),
+    "gold_share_of_peak": ("end/peak", 2, "share of the peak that is left; not given for a peak of 0 or less"),
+    "gold_win_rate": ("win rate", 2, "by gold against the SFT model's responses, a tie counts half"),
+    "proxy_mean": ("proxy", 2, "score of the live reward model, last evaluation"),
+    "kl_sft": ("KL", 1, "from the SFT model, nats a response, last evaluation"),
+    "ess_fraction": ("ESS", 3, "effective sample size of a correction's weights, mean, as a share of its pairs"),
+    "wall_s": ("seconds", 0, "wall time"),
+}
+"""Of the study's table: a figure of ``study.json``, its title, digits and explanation."""
+AVERAGED = ("gold_drop_from_peak", "lag_steps", "steps", *COLUMNS)
 
 
 def write_study(study_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Path:
@@ -41,20 +31,16 @@ def write_study(study_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> P
 
     Runs that are not there yet are named as missing. UserError where there is none at all.
     """
-    runs: dict[str, dict[int, Run]] = {arm: {} for arm in arms}
-    for arm, seed in itertools.product(arms, seeds):
-        folder = study_dir / arm / f"seed-{seed}"
-        if (folder / "metrics.jsonl").is_file():
-            runs[arm][seed] = read_run(folder)
+    found = {arm: [s for s in seeds if (study_dir / arm / f"seed-{s}" / "metrics.jsonl").is_file()] for arm in arms}
+    runs = {arm: {s: read_run(study_dir / arm / f"seed-{s}") for s in found[arm]} for arm in arms}
     if not any(runs.values()):
         need = "ARM/seed-N/ run folders of the study's arms and seeds"
         raise mistake(str(study_dir), "none of the study's runs", need, "run `ocrm-ray study` first")
     study = summarise_study(study_dir.resolve().name, runs, seeds)
     (study_dir / "study.json").write_text(json.dumps(study, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    save(draw_study({arm: list(found.values()) for arm, found in runs.items() if found}), study_dir / "study.png")
-    has_gold = any(run.has_gold for found in runs.values() for run in found.values())
-    template = load_template("study.html")
-    page = template.render(study=study, has_gold=has_gold, columns=COLUMNS, rows=table_rows(study))
+    save(draw_study({arm: list(of_arm.values()) for arm, of_arm in runs.items() if of_arm}), study_dir / "study.png")
+    has_gold = any(run.has_gold for of_arm in runs.values() for run in of_arm.values())
+    page = render("study.html", study=study, has_gold=has_gold, columns=COLUMNS, rows=table_rows(study))
     path = study_dir / "study.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -91,22 +77,17 @@ def table_rows(study: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for arm, figures in study["arms"].items():
         num_found, num_all = len(figures["seeds"]), len(study["seeds"])
-        seeds = str(num_all) if num_found == num_all else f"{num_found} of {num_all}"
-        rows.append([arm, seeds, *(_cell(figures, shown) for shown in COLUMNS)])
+        cells = [str(num_all) if num_found == num_all else f"{num_found} of {num_all}"]
+        for key, (_, digits, _) in COLUMNS.items():
+            known = [value for value in (figures["mean"][key], figures["sd"][key]) if value is not None]
+            cells.append(" ± ".join(figure_text(float(value), digits) for value in known) or figure_text(None))
+        rows.append([arm, *cells])
     return rows
 
 
 def study_table(study: Mapping[str, Any]) -> str:
     """``study.json`` as an aligned plain-text table."""
-    rows = [["arm", "seeds", *(shown.title for shown in COLUMNS)], *table_rows(study)]
+    rows = [["arm", "seeds", *(title for title, *_ in COLUMNS.values())], *table_rows(study)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row[1:], widths[1:])) for row in rows]
     return "\n".join(f"{row[0]:{widths[0]}}  {line}" for row, line in zip(rows, lines, strict=True))
-
-
-def _cell(figures: Mapping[str, Any], shown: Shown) -> str:
-    mean, deviation = figures["mean"][shown.key], figures["sd"][shown.key]
-    if mean is None:
-        return NOT_MEASURED
-    text = figure_text(float(mean), shown.digits)
-    return text if deviation is None else f"{text} ± {figure_text(deviation, shown.digits)}"

@@ -52,7 +52,7 @@ def test_places_lead_to_what_predicts_each_token_and_to_the_last_one_in_the_orde
     batch = SequenceTable(GROUPS, 0, share_prompts).batch(indices)
     flat, asked = batch.tokens.flatten(), [GROUPS[index] for index in indices]
     before = [(sequence.prompt_ids[-1], *sequence.response_ids)[:-1] for sequence in asked]
-    places, mask = batch.predicting_places(), batch.response_mask
+    places, mask = batch.predicting, batch.response_mask
     assert [tuple(flat[row[keep]].tolist()) for row, keep in zip(places, mask, strict=True)] == before
     assert flat[batch.last_places].tolist() == [sequence.response_ids[-1] for sequence in asked]
     predicting, tokens = batch.response_tokens()
@@ -127,5 +127,5 @@ def test_rows_of_a_batch_are_sorted_by_length_whatever_the_order_asked_for():
 
 def test_padded_rows_are_cut_back_to_what_they_were():
     rows = [np.array([1.5, 2.5], np.float32), np.array([3.5], np.float32)]
-    cut = cut_rows(pad_rows(rows), torch.tensor([2, 1]))
+    cut = cut_rows(pad_rows(rows), torch.tensor([[True, True], [True, False]]))
     assert [row.tolist() for row in cut] == [[1.5, 2.5], [3.5]]

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from model_files import NUM_PARAMETERS, write_model, write_reward_model, write_weights
 
-from ocrm_ray import machine
 from ocrm_ray.checks import contradictions, inspect, study_problems
 from ocrm_ray.config import RunConfig
 from ocrm_ray.config_file import dump_yaml, load_run_config, load_study_config
@@ -36,7 +36,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=32 * GIB))
-    monkeypatch.setattr(machine, "num_gpus", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     write_model(tmp_path / "model")
     write_reward_model(tmp_path / "rm", hidden_size=32)
     rows = [json.dumps({"prompt": f"p{number}", "output": "x"}) for number in range(6)]
@@ -356,7 +356,7 @@ def test_asking_for_more_than_the_machine_has_is_told() -> None:
         f"pools: got 1.5 GPUs (policy 0.5, reward 1), need at most 0 (this machine's): {gpu_do}"
     ]
     assert lines(inspect(config_of(WORLD, "pools.generation.kv_cache_gib=100"))) == [
-        "pools: got 105.01 GiB of memory (generation 102.5, policy 0.51, scoring 0.5, reward 0.5, evaluation 0.5, "
+        "pools: got 105.01 GiB of memory (generation 102.5, policy 0.5, scoring 0.5, reward 0.5, evaluation 0.5, "
         "ray 0.5), need at most 32 (this machine's): "
         "use smaller models, bfloat16, fewer actors, a smaller kv_cache_gib"
     ]
@@ -371,10 +371,10 @@ def test_memory_follows_its_formula() -> None:
     overrides = ["pools.scoring.num_actors=2", "pools.scoring.dtype=bfloat16", "policy.algorithm=ppo"]
     config = config_of(WORLD, *overrides, "policy.micro_batch_tokens=10")
     memory = memory_gib(config, NetworkSizes(policy=GIB, reward=GIB // 2, vocabulary=1000))
-    logits = 4 * 4 * 10 * 1000 / GIB
+    logits = 2 * 4 * 10 * 1000 / GIB
     assert memory == pytest.approx(
         {
-            "generation": 2.5 + 2 * 4 + 1,
+            "generation": 2.5 + 3 * 4 + 1,
             "policy": 0.5 + 16 * 1.5 + logits,
             "scoring": 2 * (0.5 + 3 * 2),
             "reward": 0.5 + 3 * 4 * 0.5 + 16 * 0.5,

@@ -51,9 +51,14 @@ def events(study_dir: Path, arm: str) -> list[dict[str, object]]:
     return jsonl(study_dir / arm / "seed-3" / "events.jsonl")
 
 
+def shared_folders() -> set[Path]:
+    """Of runs; other tests, which may go on beside this one, name theirs ``test``."""
+    return {path for path in Path("/dev/shm").glob("ocrm-*") if not path.name.startswith("ocrm-test-")}
+
+
 def ocrm_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the program in a process of its own; it must succeed and leave nothing in shared memory."""
-    shared_before = set(Path("/dev/shm").glob("ocrm-*"))
+    shared_before = shared_folders()
     done = subprocess.run(
         [sys.executable, "-m", "ocrm_ray", *arguments],
         cwd=ROOT,
@@ -63,7 +68,7 @@ def ocrm_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert set(Path("/dev/shm").glob("ocrm-*")) <= shared_before
+    assert shared_folders() <= shared_before
     return done
 
 

@@ -81,15 +81,6 @@ def test_later_evaluations_are_compared_with_the_first() -> None:
     assert evaluator.evaluate(20, best, proxy, zeros(best))[0].gold_win_rate == pytest.approx(2.5 / 3)
 
 
-def test_a_resumed_evaluator_keeps_the_first_scores() -> None:
-    before = HeldoutEvaluator(PROMPTS, TOKENIZER, WordGold(), num_samples_saved=0)
-    before.evaluate(0, FIRST, FIRST_PROXY, zeros(FIRST))
-    assert before.sft_gold == (1.0, 3.0, 2.0)
-    resumed = HeldoutEvaluator(PROMPTS, TOKENIZER, WordGold(), num_samples_saved=0, sft_gold=before.sft_gold)
-    later = [(sample("the old"),), (sample("the old river warm"),), (sample("warm old river"),)]
-    assert resumed.evaluate(10, later, [floats(0.0)] * 3, zeros(later))[0].gold_win_rate == 1.0
-
-
 def test_kl_is_the_mean_over_prompts_of_the_summed_log_ratio() -> None:
     samples = [
         (sample("the old", [-1.0, -2.0]), sample("the", [-100.0])),

@@ -20,7 +20,7 @@ def test_a_batch_of_pairs_is_their_chosen_then_their_rejected_responses():
     batch = pair_table(pairs, pad_id=0, share_prompts=False).batch(pair_rows(np.array([3, 1])))
     expected = [pairs[3].chosen, pairs[1].chosen, pairs[3].rejected, pairs[1].rejected]
     tokens = batch.tokens.flatten().tolist()
-    for start, sequence in zip(batch.starts.tolist(), expected, strict=True):
+    for start, sequence in zip(batch.places[:, 0].tolist(), expected, strict=True):
         row = tokens[start - len(sequence.prompt_ids) : start + len(sequence.response_ids)]
         assert tuple(row) == sequence.prompt_ids + sequence.response_ids
 

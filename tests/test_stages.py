@@ -26,9 +26,10 @@ class OfflineCluster:
         self.calls: list[str] = []
         self.requests: list[GenerationRequest] = []
 
-    async def train_sft(self, show: object) -> None:
+    async def train_sft(self, show: object) -> dict[str, object]:
         self.calls.append("sft")
         shutil.copytree(self.paths.policy_base, self.paths.sft, dirs_exist_ok=True)
+        return {"loss": 0.25}
 
     async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
         self.requests.append(request)

@@ -7,7 +7,6 @@ prompt's cancel, so the weight of a pair is the product over its two responses. 
 """
 
 import math
-from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
 
 import torch
@@ -21,24 +20,13 @@ LOG_SMALLEST, LOG_LARGEST = math.log(torch.finfo(torch.float32).tiny), math.log(
 
 
 class WeightRule(TypedDict):
-    """How weights follow from log-probs; see ``pair_weights``."""
+    """How weights follow from log-probs; see ``log_pair_weights``."""
 
     formula: Literal["exact", "as_released"]
     alpha: float
     m: float
     clip: float | None
     normalise: bool
-
-
-@dataclass(frozen=True)
-class PairWeights:
-    """Weights [N] by their logarithms [N], float64, without gradient; a weight may underflow, its logarithm not."""
-
-    log_weights: Tensor
-
-    @property
-    def weights(self) -> Tensor:
-        return self.log_weights.exp()
 
 
 def log_relative_ratio(policy: Tensor, behaviour: Tensor, alpha: float) -> Tensor:
@@ -68,13 +56,13 @@ def released_log_ratio(policy: Tensor, behaviour: Tensor, alpha: float) -> Tenso
 
 
 @torch.no_grad()
-def pair_weights(policy: Tensor, behaviour: Tensor, **rule: Unpack[WeightRule]) -> PairWeights:
-    """Weights [N] of N pairs from summed log-probs [N, 2] of (chosen, rejected) under policy and behaviour model.
+def log_pair_weights(policy: Tensor, behaviour: Tensor, **rule: Unpack[WeightRule]) -> Tensor:
+    """Log-weights [N] of N pairs from summed log-probs [N, 2] of (chosen, rejected) under policy and behaviour model.
 
     ``formula`` and ``alpha`` give the log-ratio of a response, ``m`` the exponent. Then ``clip`` bounds the weight
-    from above (None: not), and ``normalise`` divides by the mean weight of these N. All in log space.
-    Raises ValueError where a log-prob is not finite, or the largest weight, left unnormalised, is 0 or infinite in
-    float32.
+    from above (None: not), and ``normalise`` divides by the mean weight of these N. All in log space and float64: a
+    weight may underflow, its logarithm not. Raises ValueError where a log-prob is not finite, or the largest weight,
+    left unnormalised, is 0 or infinite in float32.
     """
     shapes = f"policy {tuple(policy.shape)}, behaviour {tuple(behaviour.shape)}"
     assert policy.shape == behaviour.shape == (len(policy), 2), f"one row (chosen, rejected) a pair: {shapes}"
@@ -91,19 +79,18 @@ def pair_weights(policy: Tensor, behaviour: Tensor, **rule: Unpack[WeightRule]) 
     largest = float(log_weights.max())
     if not LOG_SMALLEST <= largest <= LOG_LARGEST:
         raise ValueError(f"the largest weight is exp({largest:.0f}), out of float32's range: normalise the weights")
-    return PairWeights(log_weights)
+    return log_weights
 
 
-def weight_statistics(weights: PairWeights) -> dict[str, float]:
+def weight_statistics(log_weights: Tensor) -> dict[str, float]:
     """What every refit reports of its weights w [N].
 
     ``ess_fraction``: the effective sample size (sum w)^2 / sum w^2 (Kish) as a share of N, 1 where all are equal;
     ``max_weight``; ``log_weight_std``, a population standard deviation.
     """
-    logs = weights.log_weights
-    log_ess = 2 * torch.logsumexp(logs, dim=0) - torch.logsumexp(2 * logs, dim=0)
+    log_ess = 2 * torch.logsumexp(log_weights, dim=0) - torch.logsumexp(2 * log_weights, dim=0)
     return {
-        "ess_fraction": float(log_ess.exp()) / len(logs),
-        "max_weight": float(weights.weights.max()),
-        "log_weight_std": float(logs.std(correction=0)),
+        "ess_fraction": float(log_ess.exp()) / len(log_weights),
+        "max_weight": float(log_weights.max().exp()),
+        "log_weight_std": float(log_weights.std(correction=0)),
     }

@@ -4,6 +4,8 @@ A batch with nothing unmasked has loss 0 and gradient 0. For stale rollouts the 
 the update, and a truncated importance weight leads from the sampler to them (arXiv 2110.00641, 1802.01561).
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,23 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
     error = (values - returns).masked_fill(~mask, 0.0)
     held_error = (held - returns).masked_fill(~mask, 0.0)
     return _token_mean(torch.maximum(error.square(), held_error.square()), mask) / 2
+
+
+def kl_terms(logprobs: Tensor, anchor_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """A term for each token, of the shape of ``logprobs``; with d = logprobs - anchor_logprobs:
+
+    k1 = d (unbiased, any sign), k2 = d^2 / 2 (biased), k3 = exp(-d) - 1 + d (unbiased, never negative).
+    Schulman, "Approximating KL divergence" (2020). As a term of the loss the gradient of k1 has mean 0.
+    """
+    assert logprobs.shape == anchor_logprobs.shape
+    difference = logprobs - anchor_logprobs
+    match estimator:
+        case "k1":
+            return difference
+        case "k2":
+            return difference.square() / 2
+        case "k3":
+            return torch.expm1(-difference) + difference
 
 
 def _token_mean(terms: Tensor, mask: Tensor) -> Tensor:

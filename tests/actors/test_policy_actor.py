@@ -95,7 +95,7 @@ def forwards_of(actor, monkeypatch):
     calls, original = [], CausalModel.forward
 
     def forward(self, batch, *arguments):
-        calls.append((len(batch.starts), torch.is_grad_enabled()))
+        calls.append((len(batch.places), torch.is_grad_enabled()))
         return original(self, batch, *arguments)
 
     monkeypatch.setattr(CausalModel, "forward", forward)

@@ -118,7 +118,7 @@ def test_a_correction_that_keeps_up_stalls_nothing(tmp_path, pool):
     assert found.lags.total() == 4
     assert found.step_s == pytest.approx(without.step_s, rel=2e-3 if pool == "scoring" else 1e-9)
     assert found.busy_s["generation"] == pytest.approx(without.busy_s["generation"], rel=1e-9)
-    assert found.wait_s["corrections"] == 0
+    assert found.wait_s["correction"] == 0
     assert found.num_deferred == 0
     assert (found.busy_s["ratios"], found.busy_s["refit"]) == (pytest.approx(2 / 6), pytest.approx(4 / 6))
 
@@ -152,13 +152,13 @@ def test_a_late_refit_is_promoted_when_it_is_ready_and_what_falls_due_is_deferre
     assert set(found.lags) == {10}
     assert found.num_deferred > 0
     assert found.step_s == pytest.approx(2.0, rel=1e-9)
-    assert found.wait_s["corrections"] == 0
+    assert found.wait_s["correction"] == 0
 
 
 def test_promote_after_holds_and_the_wait_is_what_is_missing(tmp_path):
     found = rehearsed(tmp_path, **FALLS_BEHIND, **{"correction.promote_after": 4})
     assert set(found.lags) == {4}
-    assert found.wait_s["corrections"] > 1.0
+    assert found.wait_s["correction"] > 1.0
     assert max(found.ages) == 7
     assert found.efficiency < 0.5
 
@@ -168,7 +168,7 @@ def test_max_lag_holds_and_is_no_more_than_a_bound(tmp_path):
     late = rehearsed(tmp_path / "late", **FALLS_BEHIND, **bounds)
     quick = rehearsed(tmp_path / "quick", **FALLS_BEHIND | bounds | {"rehearsal.refit_s": 3.0})
     assert (set(late.lags), set(quick.lags)) == ({5}, {2})
-    assert late.wait_s["corrections"] > 0 == quick.wait_s["corrections"]
+    assert late.wait_s["correction"] > 0 == quick.wait_s["correction"]
 
 
 RAGGED = {

@@ -9,7 +9,8 @@ import psutil
 import pytest
 import torch
 
-from actors.vllm_worker import SHARED_MEMORY, WeightReceiver
+from actors.shared_memory import SHARED_MEMORY
+from actors.vllm_worker import WeightReceiver
 from actors.weight_transport import WeightExporter
 from ocrm_ray.errors import StaleWeightsError
 from ocrm_ray.records import PolicyWeights

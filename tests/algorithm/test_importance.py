@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocrm_ray.algorithm.importance import (
-    PairWeights,
+    log_pair_weights,
     log_relative_ratio,
-    pair_weights,
     released_log_ratio,
     weight_statistics,
 )
@@ -91,26 +90,26 @@ def test_alpha_outside_its_range_is_refused(alpha: float):
 def test_pair_weight_is_the_product_of_both_responses_ratios():
     policy = torch.tensor([[math.log(0.2), math.log(0.5)], [math.log(0.1), math.log(0.1)]]).double()
     behaviour = torch.tensor([[math.log(0.1), math.log(0.25)], [math.log(0.2), math.log(0.4)]]).double()
-    result = pair_weights(policy, behaviour, **PLAIN)
-    torch.testing.assert_close(result.weights, torch.tensor([4.0, 0.125]).double())
+    result = log_pair_weights(policy, behaviour, **PLAIN)
+    torch.testing.assert_close(result.exp(), torch.tensor([4.0, 0.125]).double())
 
 
 def test_relative_pair_weight_by_hand():
     policy, behaviour = torch.tensor([[math.log(0.2), math.log(0.5)]]).double(), torch.log(torch.tensor([[0.1, 0.25]]))
-    result = pair_weights(policy, behaviour.double(), **{**PLAIN, "alpha": 0.5})
-    assert result.weights.item() == pytest.approx((2 / 1.5) ** 2, rel=1e-6)
+    result = log_pair_weights(policy, behaviour.double(), **{**PLAIN, "alpha": 0.5})
+    assert result.exp().item() == pytest.approx((2 / 1.5) ** 2, rel=1e-6)
 
 
 def test_exponent_takes_the_power_of_the_weight():
     policy, behaviour = sums(seed=0)
-    full = pair_weights(policy, behaviour, **PLAIN)
-    flattened = pair_weights(policy, behaviour, **{**PLAIN, "m": 0.25})
-    torch.testing.assert_close(flattened.weights, full.weights**0.25)
+    full = log_pair_weights(policy, behaviour, **PLAIN)
+    flattened = log_pair_weights(policy, behaviour, **{**PLAIN, "m": 0.25})
+    torch.testing.assert_close(flattened.exp(), full.exp() ** 0.25)
 
 
 def test_exponent_zero_weights_every_pair_alike():
-    result = pair_weights(*sums(seed=0), **{**PLAIN, "m": 0.0, "normalise": True})
-    torch.testing.assert_close(result.weights, torch.ones(200).double())
+    result = log_pair_weights(*sums(seed=0), **{**PLAIN, "m": 0.0, "normalise": True})
+    torch.testing.assert_close(result.exp(), torch.ones(200).double())
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 2.0])
@@ -120,36 +119,36 @@ def test_weights_equal_those_computed_without_log_space(clip: float | None, norm
     expected = (policy.double() - behaviour.double()).sum(dim=1).exp()
     expected = expected if clip is None else expected.clamp(max=clip)
     expected = expected / expected.mean() if normalise else expected
-    result = pair_weights(policy, behaviour, **{**PLAIN, "clip": clip, "normalise": normalise})
-    torch.testing.assert_close(result.weights, expected)
-    torch.testing.assert_close(result.log_weights, expected.log())
+    result = log_pair_weights(policy, behaviour, **{**PLAIN, "clip": clip, "normalise": normalise})
+    torch.testing.assert_close(result.exp(), expected)
+    torch.testing.assert_close(result, expected.log())
 
 
 def test_clip_applies_to_the_weight_before_normalisation():
     policy, behaviour = torch.log(torch.tensor([[8.0, 1.0], [1.0, 1.0]])).double(), torch.zeros(2, 2).double()
-    result = pair_weights(policy, behaviour, **{**PLAIN, "clip": 3.0, "normalise": True})
-    torch.testing.assert_close(result.weights, torch.tensor([1.5, 0.5]).double())
+    result = log_pair_weights(policy, behaviour, **{**PLAIN, "clip": 3.0, "normalise": True})
+    torch.testing.assert_close(result.exp(), torch.tensor([1.5, 0.5]).double())
 
 
 def test_sums_of_minus_400_stay_finite_and_equal_the_float64_reference():
     policy, behaviour = sums(seed=2, scale=60.0)
-    result = pair_weights(policy, behaviour, **{**PLAIN, "alpha": 0.1, "normalise": True})
+    result = log_pair_weights(policy, behaviour, **{**PLAIN, "alpha": 0.1, "normalise": True})
     ratios = [
         sum(float64_ratio(p, q, 0.1) for p, q in zip(ps, qs, strict=True))
         for ps, qs in zip(policy.tolist(), behaviour.tolist(), strict=True)
     ]
     weights = [Fraction(math.exp(ratio)) for ratio in ratios]
     expected = [float(weight * len(weights) / sum(weights)) for weight in weights]
-    assert result.weights.isfinite().all()
-    assert result.weights.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    assert result.exp().isfinite().all()
+    assert result.exp().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-300)
 
 
 @pytest.mark.parametrize("shift", [-700.0, 700.0])
 def test_weights_beyond_floating_point_are_normalised_without_overflow(shift: float):
     policy, behaviour = sums(seed=3)
-    near = pair_weights(policy, behaviour, **{**PLAIN, "normalise": True})
-    far = pair_weights(policy.double() + shift, behaviour, **{**PLAIN, "normalise": True})
-    torch.testing.assert_close(far.weights, near.weights, rtol=1e-9, atol=0)
+    near = log_pair_weights(policy, behaviour, **{**PLAIN, "normalise": True})
+    far = log_pair_weights(policy.double() + shift, behaviour, **{**PLAIN, "normalise": True})
+    torch.testing.assert_close(far.exp(), near.exp(), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("m", [0.001, 0.3, 1.0])
@@ -158,23 +157,22 @@ def test_a_constant_on_all_log_weights_changes_nothing_after_normalisation(m: fl
     rule = {**PLAIN, "m": m, "normalise": True}
     shifted = policy.double() + torch.tensor([13.0, -3.0])
     torch.testing.assert_close(
-        pair_weights(shifted, behaviour, **rule).weights, pair_weights(policy, behaviour, **rule).weights
+        log_pair_weights(shifted, behaviour, **rule).exp(), log_pair_weights(policy, behaviour, **rule).exp()
     )
 
 
 @pytest.mark.parametrize("formula", ["exact", "as_released"])
 @pytest.mark.parametrize("clip", [None, 1.5])
 def test_normalised_weights_have_mean_one(formula: str, clip: float | None):
-    result = pair_weights(*sums(seed=5), formula=formula, alpha=0.1, m=0.5, clip=clip, normalise=True)
-    assert result.weights.mean().item() == pytest.approx(1.0, rel=1e-12)
-    torch.testing.assert_close(result.weights, result.log_weights.exp())
+    result = log_pair_weights(*sums(seed=5), formula=formula, alpha=0.1, m=0.5, clip=clip, normalise=True)
+    assert result.exp().mean().item() == pytest.approx(1.0, rel=1e-12)
 
 
 def test_weights_do_not_depend_on_which_response_is_called_chosen():
     policy, behaviour = sums(seed=6)
     torch.testing.assert_close(
-        pair_weights(policy, behaviour, **{**PLAIN, "alpha": 0.1}).weights,
-        pair_weights(policy.flip(1), behaviour.flip(1), **{**PLAIN, "alpha": 0.1}).weights,
+        log_pair_weights(policy, behaviour, **{**PLAIN, "alpha": 0.1}).exp(),
+        log_pair_weights(policy.flip(1), behaviour.flip(1), **{**PLAIN, "alpha": 0.1}).exp(),
     )
 
 
@@ -185,28 +183,27 @@ def test_as_released_weights_equal_the_published_expression_in_float32():
         for side in (0, 1)
     ]
     expected = torch.exp(0.001 * (ratio[0] + ratio[1]))
-    result = pair_weights(policy, behaviour, **RELEASED)
-    torch.testing.assert_close(result.weights.float(), expected, rtol=2e-7, atol=0)
+    result = log_pair_weights(policy, behaviour, **RELEASED)
+    torch.testing.assert_close(result.exp().float(), expected, rtol=2e-7, atol=0)
 
 
 def test_as_released_weights_are_almost_uniform_and_bounded():
-    result = pair_weights(*(tensor / 5 for tensor in sums(seed=8)), **RELEASED)
-    assert result.weights.max() <= 0.1 ** (-2 * 0.001) + 1e-6
+    result = log_pair_weights(*(tensor / 5 for tensor in sums(seed=8)), **RELEASED)
+    assert result.exp().max() <= 0.1 ** (-2 * 0.001) + 1e-6
     assert weight_statistics(result)["ess_fraction"] > 0.99
 
 
 @pytest.mark.parametrize("formula", ["exact", "as_released"])
 def test_no_gradient_flows_through_the_weights(formula: str):
     policy = torch.full((3, 2), -20.0, requires_grad=True)
-    result = pair_weights(policy, policy.detach() - 1, formula=formula, alpha=0.1, m=1.0, clip=None, normalise=True)
-    assert not result.weights.requires_grad
-    assert not result.log_weights.requires_grad
+    result = log_pair_weights(policy, policy.detach() - 1, formula=formula, alpha=0.1, m=1.0, clip=None, normalise=True)
+    assert not result.requires_grad
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_a_logprob_that_is_not_finite_is_refused(bad: float):
     with pytest.raises(ValueError, match="not all finite"):
-        pair_weights(torch.tensor([[bad, -1.0]]), torch.zeros(1, 2), **PLAIN)
+        log_pair_weights(torch.tensor([[bad, -1.0]]), torch.zeros(1, 2), **PLAIN)
 
 
 @pytest.mark.parametrize("shift", [-100.0, 100.0])
@@ -214,26 +211,26 @@ def test_unnormalised_weights_that_all_vanish_or_explode_are_refused(shift: floa
     policy = torch.zeros(3, 2)
     policy[:, 0] += shift
     with pytest.raises(ValueError, match="normalise the weights"):
-        pair_weights(policy, torch.zeros(3, 2), **PLAIN)
+        log_pair_weights(policy, torch.zeros(3, 2), **PLAIN)
 
 
 def test_no_pairs_are_refused():
     with pytest.raises(ValueError, match="no pairs"):
-        pair_weights(torch.zeros(0, 2), torch.zeros(0, 2), **PLAIN)
+        log_pair_weights(torch.zeros(0, 2), torch.zeros(0, 2), **PLAIN)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-200], ids=["", "squares underflow"])
 @pytest.mark.parametrize(("weights", "size"), [([3.0, 1.0], 16 / 10), ([0.2] * 7, 7.0), ([0.0, 5.0, 0.0], 1.0)])
 def test_effective_sample_size_by_hand(weights: list[float], size: float, scale: float):
     logs = (torch.tensor(weights).double() * scale).log()
-    assert weight_statistics(PairWeights(logs))["ess_fraction"] * len(weights) == pytest.approx(size)
+    assert weight_statistics(logs)["ess_fraction"] * len(weights) == pytest.approx(size)
 
 
 @given(st.lists(st.floats(-300, 0), min_size=1, max_size=30))
 @settings(max_examples=100, deadline=None)
 def test_ess_fraction_lies_between_one_over_n_and_one(log_ratios: list[float]):
     policy = torch.tensor([[log_ratio, 0.0] for log_ratio in log_ratios])
-    result = pair_weights(policy, torch.zeros_like(policy), **{**PLAIN, "normalise": True})
+    result = log_pair_weights(policy, torch.zeros_like(policy), **{**PLAIN, "normalise": True})
     fraction = weight_statistics(result)["ess_fraction"]
     assert 1 / len(log_ratios) - 1e-9 <= fraction <= 1 + 1e-9
 
@@ -241,21 +238,21 @@ def test_ess_fraction_lies_between_one_over_n_and_one(log_ratios: list[float]):
 def test_ess_fraction_of_log_normal_weights_follows_its_closed_form():
     quantiles = (torch.arange(100_000).double() + 0.5) / 100_000
     log_weights = 0.5 * torch.special.ndtri(quantiles)
-    statistics = weight_statistics(PairWeights(log_weights))
+    statistics = weight_statistics(log_weights)
     assert statistics["ess_fraction"] == pytest.approx(math.exp(-0.25), rel=1e-3)
     assert statistics["log_weight_std"] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_weight_statistics_by_hand():
     policy = torch.log(torch.tensor([[3.0, 1.0], [1.0, 1.0]])).double()
-    statistics = weight_statistics(pair_weights(policy, torch.zeros(2, 2), **{**PLAIN, "normalise": True}))
+    statistics = weight_statistics(log_pair_weights(policy, torch.zeros(2, 2), **{**PLAIN, "normalise": True}))
     assert statistics["ess_fraction"] == pytest.approx(0.8)
     assert statistics["max_weight"] == pytest.approx(1.5)
     assert statistics["log_weight_std"] == pytest.approx(math.log(3) / 2)
 
 
 def test_statistics_of_a_single_pair_are_finite():
-    statistics = weight_statistics(pair_weights(torch.zeros(1, 2), torch.zeros(1, 2), **PLAIN))
+    statistics = weight_statistics(log_pair_weights(torch.zeros(1, 2), torch.zeros(1, 2), **PLAIN))
     assert statistics == {"ess_fraction": 1.0, "max_weight": 1.0, "log_weight_std": 0.0}
 
 
@@ -266,6 +263,6 @@ def test_weighted_mean_over_behaviour_samples_is_the_expectation_under_the_polic
     pairs = [(i, j) for i in range(3) for j in range(3)]
     rows = [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
     index = torch.tensor(rows)
-    result = pair_weights(policy.log()[index], behaviour.log()[index], **PLAIN)
-    estimate = (result.weights * value[index[:, 0]] * value[index[:, 1]]).mean()
+    result = log_pair_weights(policy.log()[index], behaviour.log()[index], **PLAIN)
+    estimate = (result.exp() * value[index[:, 0]] * value[index[:, 1]]).mean()
     assert estimate.item() == pytest.approx(float((policy * value).sum() ** 2), rel=1e-12)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ocrm_ray.algorithm.kl import kl_terms
+from ocrm_ray.algorithm.policy_loss import kl_terms
 
 POLICY = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64)
 ANCHOR = torch.tensor([0.1, 0.3, 0.2, 0.4], dtype=torch.float64)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ocrm_ray.algorithm.preference_loss import bradley_terry_loss
+from ocrm_ray.algorithm.reward_scores import bradley_terry_loss
 
 
 def scores(seed: int, num_pairs: int = 16) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,6 +36,8 @@ class Profile:
     correction: dict[str, object] = field(default_factory=dict)
     workers: int = 1
     """Scorers, and reward servers."""
+    staleness: int = 2
+    """Enough for every stage and its jitter to be under way at once."""
     is_paired: bool = False
 
     def config(self, strategy: str) -> RunConfig:
@@ -48,7 +50,7 @@ class Profile:
             "name": "rehearsal-matrix",
             "world": {},
             "rehearsal": section,
-            "rollout": {"prompts_per_step": self.prompts, "max_staleness": 2, "max_new_tokens": 100},
+            "rollout": {"prompts_per_step": self.prompts, "max_staleness": self.staleness, "max_new_tokens": 100},
             "correction": {"every": 5, "strategy": strategy, **self.correction},
             "pools": {name: {"num_actors": number} for name, number in pools.items()},
         }
@@ -69,8 +71,10 @@ PROFILES = {
     "train-bound": Profile(durations={"train": stage(0.13)}, is_paired=True),
     "score-bound": Profile(durations={"score": stage(0.26)}, workers=2),
     "reward-bound": Profile(durations={"reward": stage(0.13)}, workers=1),
-    "balanced": Profile(durations={name: stage(0.125) for name in ("score", "train")} | SLOW),
-    "long-tailed": Profile(durations={"generate": stage(1.6, jitter=0.3, tail_share=0.05, tail_factor=4.0)}),
+    "balanced": Profile(durations={name: stage(0.125) for name in ("score", "train")} | SLOW, staleness=5),
+    "long-tailed": Profile(
+        durations={"generate": stage(1.6, jitter=0.3, tail_share=0.05, tail_factor=4.0)}, staleness=5
+    ),
     "slow publish": Profile(durations={"weights_gib": 2.2}),
     "refit > k steps": Profile(durations=SLOW | LONG),
     "refit > promote_after": Profile(durations=SLOW | LONG, correction={"promote_after": 4}),
@@ -84,7 +88,7 @@ async def rehearse(profile: Profile, strategy: str = "ocrm") -> Figures:
 
 
 def cells(name: str, found: Figures, without: Figures | None) -> list[str]:
-    waits = [f"{found.wait_s[what]:.3f}" for what in ("rollouts", "publishes", "corrections")]
+    waits = [f"{found.wait_s[what]:.3f}" for what in ("rollout", "publish", "correction")]
     adds = "" if without is None else f"{found.step_s / without.step_s - 1:+.2%}"
     idle = f"{max(0.0, 1 - found.busy_s['generation'] / found.step_s):.1%}"
     lags = " ".join(f"{lag}x{count}" for lag, count in sorted(found.lags.items()))

@@ -3,8 +3,9 @@
     PYTHONPATH=. python tests/bench/trainer_flops.py MODEL DATA [--rows 32] [--new-tokens 48] [--repeats 5]
 
 MODEL: a causal language model's folder (SmolLM2-135M-Instruct); DATA: JSON rows with ``instruction``, ``input`` and
-``output`` (Alpaca), whose outputs stand for ragged responses. Useful work of an update is 6 x parameters x real tokens,
-prompts included and padding left out. Updates and products take turns; medians. Run from the repository's root.
+``output`` (Alpaca), whose outputs stand for ragged responses, two to a prompt. Useful work of an update is 6 x
+parameters x real tokens, prompts included (with --share-prompts once for both responses) and padding left out.
+Updates and products take turns; medians. Run from the repository's root.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from actors.policy import PolicyActor
-from ocrm_ray.batches import SequenceTable, length_chunks
+from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
 from ocrm_ray.conversations import encode_response
 from ocrm_ray.networks import load_tokenizer
@@ -52,9 +53,8 @@ def make_actor(arguments: argparse.Namespace) -> PolicyActor:
         "gradient_checkpointing": arguments.gradient_checkpointing,
     }
     folder = Path(tempfile.mkdtemp())
-    config = RunConfig.model_validate(
-        {"name": "bench", "output_dir": folder, "policy": policy, "pools": {"policy": pool}}
-    )
+    sections = {"policy": policy, "pools": {"policy": pool}, "share_prompts": arguments.share_prompts}
+    config = RunConfig.model_validate({"name": "bench", "output_dir": folder} | sections)
     actor = PolicyActor(config, str(arguments.model), None, config.run_dir, folder)
     actor.start()
     return actor
@@ -99,18 +99,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--share-prompts", action="store_true")
     arguments = parser.parse_args()
 
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=False)
     rollouts = read_rollouts(tokenizer, arguments.data, arguments.rows, arguments.new_tokens)
-    table = SequenceTable([sequence for rollout in rollouts for sequence in rollout.sequences], 0)
-    lengths = table.lengths
-    chunks = length_chunks(lengths, 128, arguments.micro_batch_tokens)
-    blocks = [block for chunk in chunks for block in table.batch(chunk).blocks()]
-    padded = sum(block.tokens.numel() for block in blocks)
+    sequences = [sequence for rollout in rollouts for sequence in rollout.sequences]
+    table = SequenceTable(sequences, 0, arguments.share_prompts)
+    chunks = table.chunks(np.arange(len(table)), 128, arguments.micro_batch_tokens)
+    batches = [table.batch(chunk) for chunk in chunks]
+    num_real = sum(int(batch.row_lengths.sum()) for batch in batches)
+    blocks = [(rows.stop - rows.start) * width for batch in batches for rows, width in batch.blocks()]
     actor = make_actor(arguments)
     num_parameters = sum(parameter.numel() for parameter in actor._engine.network.parameters())
-    work = 6 * num_parameters * int(lengths.sum())
+    work = 6 * num_parameters * num_real
     steps = record_steps(actor)
     actor.update(rollouts)
     steps.clear()
@@ -120,12 +122,12 @@ def main() -> None:
         started = clocks()
         actor.update(rollouts)
         updates.append(clocks() - started)
+    low, high = table.lengths.min(), table.lengths.max()
     print(
-        f"{num_parameters / 1e6:.0f}M parameters, {len(lengths)} sequences of {lengths.min()} to {lengths.max()}",
-        end=" ",
+        f"{num_parameters / 1e6:.0f}M parameters, {len(table)} sequences of {low} to {high} tokens, {num_real} counted"
     )
-    print(f"tokens, {lengths.sum()} in all; {len(chunks)} micro-batches, {len(blocks)} blocks", end=", ")
-    print(f"padding {1 - lengths.sum() / padded:.1%}; {arguments.threads} threads, {arguments.repeats} repetitions")
+    print(f"{len(chunks)} micro-batches, {len(blocks)} blocks, padding {1 - num_real / sum(blocks):.1%}", end="; ")
+    print(f"{arguments.threads} threads, {arguments.repeats} repetitions")
     print(f"{'':30}{'seconds':>9}{'GFLOP/s':>9}{'of product':>12}{'CPU s':>9}{'of product':>12}")
     product_work, products = 2 * PRODUCT_SIZE**3, np.array(products)
     inner = np.array(updates) - np.array(steps)

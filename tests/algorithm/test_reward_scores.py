@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ocrm_ray.algorithm.calibration import calibration, recentre
+from ocrm_ray.algorithm.reward_scores import calibration, recentre
 
 SCORES = 4 + 3 * torch.randn(200, generator=torch.Generator().manual_seed(0))
 
