@@ -40,6 +40,10 @@ class TimedActor:
         """
         return dict(self._booked)
 
+    async def logprobs(self, sequences: Seq[records.Sequence]) -> list[FloatArray]:
+        """Of the probe's responses, at once."""
+        return _logprobs(sequences)
+
     def _draw(self, duration: Duration, num_prompts: float) -> float:
         factor = self._random.lognormvariate(-(duration.jitter**2) / 2, duration.jitter)
         is_late = self._random.random() < duration.tail_share
@@ -65,7 +69,7 @@ class TimedEngine(TimedActor, RequestDesk):
         self._version = 0
         self._paused_s = self._paused_until = 0.0
 
-    shutdown = TimedActor.start
+    shutdown, score = TimedActor.start, TimedActor.logprobs
 
     async def load_weights(self, weights: records.PolicyWeights) -> records.PublishReport:
         """Running requests stand still for the last ``pause_s`` of it, and go on under the new version."""
@@ -76,9 +80,6 @@ class TimedEngine(TimedActor, RequestDesk):
         await asyncio.sleep(pause_s)
         self._version = weights.version
         return records.PublishReport(weights.version, weights.num_bytes, seconds, pause_s)
-
-    async def score(self, sequences: Seq[records.Sequence]) -> list[FloatArray]:
-        return _logprobs(sequences)
 
     async def sample(self, request: records.GenerationRequest) -> tuple[records.Sample, ...]:
         async with self._slots:
@@ -117,9 +118,6 @@ class TimedPolicy(TimedActor):
 
     async def export_weights(self) -> records.PolicyWeights:
         return records.PolicyWeights(self._version, Path(), int(self._rehearsal.weights_gib * 2**30))
-
-    async def logprobs(self, sequences: Seq[records.Sequence]) -> list[FloatArray]:
-        return _logprobs(sequences)
 
 
 class TimedScorer(TimedActor):

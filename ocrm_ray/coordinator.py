@@ -44,13 +44,12 @@ class Coordinator:
 
     def __init__(self, config: RunConfig, pools: Pools, data: TrainingData, log: RunLog, clock: Callable[[], float]):
         self.config = config
-        self.settings = config.correction
         self.data = data
         self.log = log
         self.pools, meters = metered(pools, clock)
         self.step_clock = StepClock(clock, meters)
-        rule = self.settings.every, self.settings.promote_after, self.settings.max_lag
-        self.correction_clock = CorrectionClock(*rule)
+        rule = config.correction
+        self.correction_clock = CorrectionClock(rule.every, rule.promote_after, rule.max_lag)
         self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, ScoreVersions(0, 0))
         self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts)
         self.buffer = self.pump.buffer
@@ -76,7 +75,9 @@ class Coordinator:
         await self.publisher.start(self.data.probe)
         self._evaluate(tasks, step=0)
         for step in range(1, self.config.policy.num_updates + 1):
-            batch = await self._take(version=step - 1)
+            with self.step_clock.timed("rollout_wait_s"):
+                rollouts = await self.buffer.take(step - 1)
+            batch = await self.scorer.refresh(rollouts)
             with self.step_clock.timed(TRAIN):
                 update = await self.pools.policy.update(batch)
             await self._publish(tasks, update.version)
@@ -87,11 +88,6 @@ class Coordinator:
             await self._checkpoint(step)
         await self.pools.policy.save("policy")
         await self.heldout.finish()
-
-    async def _take(self, version: int) -> list[Rollout]:
-        with self.step_clock.timed("rollout_wait_s"):
-            batch = await self.buffer.take(version)
-        return await self.scorer.refresh(batch)
 
     async def _publish(self, tasks: asyncio.TaskGroup, version: int) -> None:
         """Copy pi_v+1 out; engines take it beside the next update, once they have the version before."""
@@ -135,7 +131,7 @@ class Coordinator:
         self.correction = tasks.create_task(self.corrector.prepare(snapshot))
         if self.correction_clock.may_promote(step + 1):
             self.corrector.near()
-        if self.settings.schedule == "blocking":
+        if self.config.correction.schedule == "blocking":
             self.pump.pause()
             with self.step_clock.timed("correction_wait_s"):
                 await asyncio.wait([self.correction])

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from ocrm_ray.config import RunConfig
 from ocrm_ray.metrics import RunLog
 from ocrm_ray.pools import Pools
-from ocrm_ray.records import EvaluationReport, GenerationRequest, PolicyWeights, Prompt, Sample
+from ocrm_ray.records import GenerationRequest, PolicyWeights, Prompt, Sample
 
 HELDOUT_PRIORITY = -1
 """Before rollouts: the next publish waits for them."""
@@ -90,17 +90,14 @@ class HeldoutPolicy:
         )
         if previous is not None:
             await asyncio.wait([previous])
-        starts = list(accumulate((len(prompt_samples) for prompt_samples in samples), initial=0))
-        bounds = list(pairwise(starts))
+        bounds = list(pairwise(accumulate(map(len, samples), initial=0)))
         report, rows = await self.pools.evaluator.evaluate(
             step, samples, [proxy[a:b] for a, b in bounds], [sft[a:b] for a, b in bounds]
         )
         self.log.evaluation(report)
         self.log.samples(rows)
-        if weights is not None:
-            await self._keep_best(report, weights)
-
-    async def _keep_best(self, report: EvaluationReport, weights: PolicyWeights) -> None:
+        if weights is None:
+            return
         if report.gold_mean is not None and report.gold_mean > self._best_gold:
             self._best_gold = report.gold_mean
             await self.pools.policy.save("policy-best", weights)

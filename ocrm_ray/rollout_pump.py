@@ -85,11 +85,9 @@ class RolloutPump:
     async def score(self) -> None:
         """Score what is finished, together but no more than a step's worth, and hand it to the trainer."""
         while True:
-            slot_id, rollout = await self._finished.get()
-            finished = {slot_id: rollout}
+            finished = dict([await self._finished.get()])
             while not self._finished.empty() and len(finished) < self.settings.prompts_per_step:
-                slot_id, rollout = self._finished.get_nowait()
-                finished[slot_id] = rollout
+                finished |= [self._finished.get_nowait()]
             for slot_id, scored in (await self.scorer.score(finished)).items():
                 await self.buffer.put(slot_id, scored)
 
