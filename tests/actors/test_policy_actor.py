@@ -312,8 +312,8 @@ def test_critic_is_kept_where_the_configuration_says_so(tmp_path):
 
 
 def token_batch(tokens):
-    """[B, L] tokens as sequences with a prompt of one."""
-    return pad_batch([Sequence((row[0],), tuple(row[1:]), has_eos=False) for row in tokens.tolist()], EOS)
+    """Rows of equal length whose first token is the prompt."""
+    return pad_batch([Sequence((row[0],), tuple(row[1:]), False) for row in tokens.tolist()], EOS)
 
 
 def engine_weights(settings, num_parts, steps=3, **sizes):
@@ -321,10 +321,12 @@ def engine_weights(settings, num_parts, steps=3, **sizes):
     engine = TrainingEngine(CausalModel(build_policy(**sizes)), settings)
     tokens = torch.randint(0, 32, (8, 12), generator=torch.Generator().manual_seed(1))
     norms = []
+
+    def loss_of(part):
+        return -response_logprobs(engine.forward, token_batch(part), 1.0).sum() / tokens[:, 1:].numel()
+
     for _ in range(steps):
-        for number, part in enumerate(tokens.chunk(num_parts), start=1):
-            logprobs = response_logprobs(engine.forward, token_batch(part), 1.0)
-            engine.accumulate(-logprobs.sum() / tokens[:, 1:].numel(), is_last=number == num_parts)
+        engine.accumulate(tokens.chunk(num_parts), loss_of)
         norms.append(engine.step(1.0))
     with engine.weights() as present:
         weights = {name: tensor.clone() for name, tensor in present.items()}
@@ -380,7 +382,7 @@ def test_groups_of_different_sizes_are_a_programming_error(tmp_path):
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (2, "float32"), (0, "bfloat16"), (3, "bfloat16")])
 def test_gradient_that_is_not_finite_ends_the_run(zero_stage, dtype):
     engine = TrainingEngine(CausalModel(build_policy()), EngineSettings(1e-3, 1.0, zero_stage, dtype))
-    logprobs = response_logprobs(engine.forward, token_batch(torch.tensor([[3, 4]])), 1.0)
-    engine.accumulate(logprobs.sum() * float("nan"), is_last=True)
+    batch = token_batch(torch.tensor([[3, 4]]))
+    engine.accumulate([batch], lambda part: response_logprobs(engine.forward, part, 1.0).sum() * float("nan"))
     with pytest.raises(RunError, match="gradient is not finite"):
         engine.step(1.0)
