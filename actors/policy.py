@@ -16,24 +16,12 @@ from actors.nccl_transport import NcclExporter
 from actors.training_engine import EngineSettings, TrainingEngine, start_process
 from actors.weight_transport import WeightExporter, WeightReader
 from ocrm_ray import networks
+from ocrm_ray import policy_learning as learning
 from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable, pad_rows
 from ocrm_ray.config import RunConfig
 from ocrm_ray.networks import table_logprobs
-from ocrm_ray.policy_learning import (
-    Experience,
-    MicroBatch,
-    UpdateStatistics,
-    build_targets,
-    collect_experience,
-    learning_rate_factor,
-    micro_batches,
-    minibatches,
-    policy_loss,
-    require_live_scores,
-    value_loss,
-    with_old_logprobs,
-)
+from ocrm_ray.policy_learning import Experience, MicroBatch, UpdateStatistics
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import FloatArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
 from ocrm_ray.reward_learning import calibration_sequences
@@ -80,7 +68,7 @@ class Critic:
 
         def loss_of(micro: MicroBatch) -> Tensor:
             values = networks.response_values(self._engine.forward, micro.batch)
-            return value_loss(self._calibrated(values), micro, self._policy)
+            return learning.value_loss(self._calibrated(values), micro, self._policy)
 
         total = self._engine.accumulate(micros, loss_of, self._policy.value_coefficient)
         self._engine.step(factor)
@@ -141,22 +129,22 @@ class PolicyActor:
     def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
         """One policy update, v -> v + 1. RunError: scores of other than the live reward model and anchor."""
         started = time.perf_counter()
-        require_live_scores(rollouts, self._reward_version, self._anchor_version)
+        learning.require_live_scores(rollouts, self._reward_version, self._anchor_version)
         policy = self.config.policy
-        experience = collect_experience(rollouts, self._tokenizer.pad_token_id, self.config.share_prompts)
+        experience = learning.collect_experience(rollouts, self._tokenizer.pad_token_id, self.config.share_prompts)
         if policy.num_epochs * policy.num_minibatches > 1:
             is_exact = (experience.versions == self._version) & (self._gap <= policy.reuse_logprobs_within)
             temperature, pool = self.config.rollout.temperature, self.config.pools.policy
             compute = functools.partial(table_logprobs, self._engine.forward, experience.table, temperature, pool)
-            experience = with_old_logprobs(experience, is_exact, compute)
+            experience = learning.with_old_logprobs(experience, is_exact, compute)
         values = self._critic.values(experience.table) if self._critic else None
-        targets = build_targets(experience, policy, self.config.rollout, values)
+        targets = learning.build_targets(experience, policy, self.config.rollout, values)
         statistics = UpdateStatistics()
         for epoch in range(policy.num_epochs):
             seed = (self.config.seed, self._version, epoch)
-            for rows in minibatches(len(experience.table), policy.num_minibatches, seed):
-                if micros := list(micro_batches(experience, targets, rows, policy, self._engine.device)):
-                    self._learn(micros, experience, statistics, is_first_epoch=epoch == 0)
+            for rows in learning.minibatches(len(experience.table), policy.num_minibatches, seed):
+                if micros := list(learning.micro_batches(experience, targets, rows, policy, self._engine.device)):
+                    self._learn(micros, experience, statistics, epoch)
         self._version += 1
         self._num_scheduled += 1
         report = statistics.report(experience, self._version, time.perf_counter() - started)
@@ -224,27 +212,25 @@ class PolicyActor:
             if critic is not None:
                 critic.close()
 
-    def _learn(
-        self, micros: Seq[MicroBatch], experience: Experience, statistics: UpdateStatistics, *, is_first_epoch: bool
-    ) -> None:
+    def _learn(self, micros: Seq[MicroBatch], experience: Experience, statistics: UpdateStatistics, epoch: int) -> None:
         """One optimiser step on a minibatch, of the critic too."""
         # What a sampler's log-probs are compared with must come from weights that this update has not changed.
         is_untouched = "loss" not in statistics.sums
         policy, rollout = self.config.policy, self.config.rollout
 
         def loss_of(micro: MicroBatch) -> Tensor:
-            logprobs, entropy = self._engine.forward(micro.batch, rollout.temperature, is_first_epoch)
+            logprobs, entropy = self._engine.forward(micro.batch, rollout.temperature, epoch == 0)
             if entropy is not None:
                 statistics.add(micro.batch.response_mask.sum(), entropy=entropy.sum())
             if is_untouched:
                 statistics.add_gap(logprobs, micro, experience, self._version)
-            loss, clip_share, truncated_share = policy_loss(logprobs, micro, policy, rollout.importance_cap)
+            loss, clip_share, truncated_share = learning.policy_loss(logprobs, micro, policy, rollout.importance_cap)
             statistics.add(micro.share, loss=loss, clip_share=clip_share, truncated_share=truncated_share)
             return loss
 
         self._engine.accumulate(micros, loss_of)
         period = self.config.correction.every if self.config.correction.reset_optimizer else policy.num_updates
-        factor = learning_rate_factor(self._num_scheduled, policy, period)
+        factor = learning.learning_rate_factor(self._num_scheduled, policy, period)
         statistics.add(1, grad_norm=self._engine.step(factor))
         if self._critic is not None:
             statistics.add(1, value_loss=self._critic.update(micros, factor))
