@@ -113,7 +113,7 @@ def trl_spec(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
         "prompts_per_step": rollout.prompts_per_step,
         "max_new_tokens": rollout.max_new_tokens,
         "num_updates": options.trl_updates,
-        "micro_batch_size": options.trl_micro_batch or policy.micro_batch_size,
+        "micro_batch_size": options.trl_micro_batch or (8 if options.case == "smollm2" else policy.micro_batch_size),
         "weights": options.trl_weights or config.pools.policy.dtype,
         "autocast": options.trl_autocast,
         "learning_rate": policy.learning_rate,
