@@ -7,9 +7,9 @@
         promote a finished correction, if there is one  RM, calibration, anchor and critic together
         start a correction if t is a multiple of k      ratios -> weights -> refit -> staged, beside all this
 
-Three tasks run for the whole run: the rollout pump (waits for a free slot of the buffer, unblocked by a publish), the
-scoring pump (waits for finished rollouts), and the loop above, which is finite and ends the other two. A correction
-is a task of its own. The death of any of them ends the run with that task's own error.
+These tasks run for the whole run: the rollout pump (waits for a free slot of the buffer, unblocked by a publish), two
+scoring pumps (wait for finished rollouts), and the loop above, which is finite and ends the others. A publish and a
+correction are tasks of their own. The death of any of them ends the run with that task's own error.
 """
 
 import asyncio
