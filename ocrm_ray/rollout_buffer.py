@@ -1,8 +1,10 @@
 """Rollouts between generation and training: pacing, bounded staleness, stragglers.
 
-Let B be the prompts a step, S the staleness bound, p the published version. Producers may have issued at most
-(p + S + 1) * B prompts in all. Of these v * B are trained on when the trainer is at version v, so at most B that
-were issued at or before version v - S can be left: they fit into the next batch, and nothing is ever thrown away.
+Let B be the prompts a step, S the staleness bound, p the published version. A prompt issued at version i is due at
+version i + S at the latest. Producers may have issued at most (p + S + 1) * B prompts in all, so at most
+(d + 1 - v) * B of those left at version v are due by version d: each can have its place in a batch in time. A batch
+is complete only if it keeps that so; then nothing is ever too old, and nothing is thrown away. Training may thus wait
+for a straggler before that is due: newer rollouts in its place would leave more at the bound than one batch holds.
 """
 
 import asyncio
@@ -34,7 +36,7 @@ class RolloutBuffer:
     straggler_wait_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self._issue_versions: dict[str, int] = {}
+        self._issued_at: dict[str, int] = {}
         self._ready: dict[str, Rollout] = {}
         self._changed = asyncio.Condition()
 
@@ -56,13 +58,13 @@ class RolloutBuffer:
     def issue(self, request_id: str) -> None:
         """Take a slot for a prompt that goes to the engines now."""
         assert self.num_issued < self._num_allowed(), "issued beyond the staleness bound"
-        assert request_id not in self._issue_versions
-        self._issue_versions[request_id] = self.published_version
+        assert request_id not in self._issued_at
+        self._issued_at[request_id] = self.published_version
         self.num_issued += 1
 
     async def put(self, request_id: str, rollout: Rollout) -> None:
         """Hand in a scored rollout."""
-        assert request_id in self._issue_versions, "never issued"
+        assert request_id in self._issued_at, "never issued"
         assert request_id not in self._ready, "scored twice"
         assert rollout.scores is not None, "handed in without scores"
         self._ready[request_id] = rollout
@@ -78,37 +80,38 @@ class RolloutBuffer:
             self._changed.notify_all()
 
     async def take(self, version: int) -> dict[str, Rollout]:
-        """The batch for the update of ``version``: what would be too old next time first, then by completion."""
+        """The batch for the update of ``version``: what is due first, then by completion."""
         async with self._changed:
             loop, late_since = asyncio.get_running_loop(), None
-            while not self._is_complete(version):
+            while (first := self._complete_batch(version)) is None:
                 if late_since is None and len(self._ready) >= self.batch_size:
                     late_since = loop.time()
                 await self._changed.wait()
             self.straggler_wait_s += loop.time() - late_since if late_since is not None else 0.0
-        due = self._due(version)
-        assert len(due) <= self.batch_size, "more rollouts at the staleness bound than a batch holds"
-        first = sorted(self._ready, key=lambda key: key not in due)[: self.batch_size]
         batch = {key: self._ready.pop(key) for key in first}
         for request_id, rollout in batch.items():
-            del self._issue_versions[request_id]
+            del self._issued_at[request_id]
             assert rollout.first_version >= version - self.max_staleness, (
                 f"rollout {request_id} began at version {rollout.first_version}, "
                 f"older than {version} - {self.max_staleness}"
             )
         return batch
 
-    def _due(self, version: int) -> list[str]:
-        """What would be older than the bound at the update after this one."""
-        oldest_next = version + 1 - self.max_staleness
-        return [key for key, issue_version in self._issue_versions.items() if issue_version < oldest_next]
-
-    def _is_complete(self, version: int) -> bool:
-        """Once enough others are ready, what is late at the bound starts again, if the run is configured so."""
+    def _complete_batch(self, version: int) -> list[str] | None:
+        """What is ready and due first, if training on it leaves nothing late; else None. What is late starts again
+        where the run is configured so."""
         if len(self._ready) < self.batch_size:
-            return False
-        late = [key for key in self._due(version) if key not in self._ready]
-        reissued = [key for key in late if self.reissue is not None and self.reissue(key)]
-        self._issue_versions |= dict.fromkeys(reissued, self.published_version)
-        self.num_reissued += len(reissued)
-        return all(key in self._ready for key in self._due(version))
+            return None
+        first = sorted(self._ready, key=self._issued_at.__getitem__)[: self.batch_size]
+        for request_id in (late := self._late(version, set(first))):
+            assert request_id not in self._ready, "more rollouts at the staleness bound than batches hold"
+            if self.reissue is not None and self.reissue(request_id):
+                self._issued_at[request_id] = self.published_version
+                self.num_reissued += 1
+        return None if late and self._late(version, set(first)) else first
+
+    def _late(self, version: int, batch: set[str]) -> list[str]:
+        """Which prompts have no place in a batch in time, once ``batch`` has been trained on at ``version``."""
+        left = [key for key in sorted(self._issued_at, key=self._issued_at.__getitem__) if key not in batch]
+        steps_left = (self._issued_at[key] + self.max_staleness - version for key in left)
+        return [left[place] for place, steps in enumerate(steps_left) if place >= steps * self.batch_size]

@@ -253,6 +253,14 @@ def test_a_straggler_at_the_bound_is_reissued_and_counted(tmp_path: Path) -> Non
     assert sum(row["num_reissued"] or 0 for row in metrics(tmp_path)) == 1
 
 
+def test_newer_rollouts_never_push_stragglers_out_of_the_last_batches_that_they_fit_in(tmp_path: Path) -> None:
+    fakes = FakePools(generation=FakeGeneration(seconds=lambda n: 50.0 if n in (1, 2) else 1.0))
+    run(tiny_run(**{"rollout.prompts_per_step": 1, "rollout.max_staleness": 2}), fakes, tmp_path)
+    trained = [batch[0] for _, batch in fakes.policy.updates]
+    assert sorted(rollout.prompt.prompt_id for rollout in trained[:3]) == [0, 1, 2]
+    assert [rollout.first_version for rollout in trained[:3]] == [0, 0, 0]
+
+
 def test_every_prompt_is_trained_on_once_and_none_thrown_away(tmp_path: Path) -> None:
     fakes = FakePools(generation=FakeGeneration(seconds=lambda n: 1.0 + (n * 7919 % 13)))
     run(tiny_run(**{"rollout.max_staleness": 3, "evaluation.every": 100}), fakes, tmp_path)
