@@ -100,7 +100,6 @@ class PolicyActor:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._reader = WeightReader()
         self._version = self._num_scheduled = self._reward_version = self._anchor_version = 0
         self._gap = math.inf
         self._critic: Critic | None = None
@@ -201,9 +200,8 @@ class PolicyActor:
         if weights is None:
             self._engine.save(self._tokenizer, self.run_dir / name)
             return
-        with self._reader.read(weights) as tensors:
-            state = {key: tensor.clone() for key, tensor in tensors.items()}
-            self._engine.save(self._tokenizer, self.run_dir / name, state)
+        with WeightReader().read(weights) as tensors:
+            self._engine.save(self._tokenizer, self.run_dir / name, tensors)
 
     def close(self) -> None:
         """Free the engines."""

@@ -49,10 +49,11 @@ class ActorSpec:
 def actor_environment(spec: ActorSpec, environ: Mapping[str, str]) -> dict[str, str]:
     """Variables of the actor's process: its threads, its own ones, and those few of ``environ`` that it needs."""
     threads = str(spec.threads)
-    # By default an arithmetic thread that waits for others spins, on the core that they need.
-    passive = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    # By default an arithmetic thread that waits for others spins, on the core that they need, and each thread that
+    # allocates gets an arena of its own, which keeps what is freed: a gigabyte in a trainer.
+    modest = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "MALLOC_ARENA_MAX": "1"}
     forwarded = {name: environ[name] for name in _FORWARDED if name in environ}
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **passive, **forwarded, **spec.environment}
+    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **modest, **forwarded, **spec.environment}
 
 
 class ActorHost:

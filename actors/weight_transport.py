@@ -57,10 +57,10 @@ class Segment:
         entries = json.loads(buffer[8:data].numpy().tobytes())
         del entries["__metadata__"]
         self._data = buffer[data:]
-        self.tensors = {
-            name: self._data[slice(*entry["data_offsets"])].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
-            for name, entry in entries.items()
-        }
+        array = self._data.numpy()
+        # each over a slice of the array: as views of one tensor they would count as tied when they are saved
+        flat = {name: torch.from_numpy(array[slice(*entry["data_offsets"])]) for name, entry in entries.items()}
+        self.tensors = {name: flat[name].view(_DTYPES[e["dtype"]]).view(e["shape"]) for name, e in entries.items()}
 
     def write(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         """One copy of every tensor; until the last is there, the segment has no version that a reader could ask for."""
