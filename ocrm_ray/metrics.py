@@ -52,6 +52,8 @@ class StepRecord:
     loss: float | None = None
     entropy: float | None = None
     clip_share: float | None = None
+    truncated_share: float | None = None  # loss tokens whose importance weight was cut at rollout.importance_cap
+    value_loss: float | None = None  # of PPO's critic
     grad_norm: float | None = None
     response_tokens_mean: float | None = None
     staleness_mean: float | None = None  # updates between a rollout's oldest token and its use

@@ -20,6 +20,7 @@ METERED = {"generate": "generation", "score": ROLLOUT_SCORING, "publish": PUBLIS
 """Stages whose seconds are those with a request in flight."""
 WAITS = ("rollout_wait_s", "correction_wait_s", "publish_wait_s")
 _OF_UPDATE = ("loss", "kl_sft", "kl_anchor", "entropy", "clip_share", "grad_norm", "logprob_gap")
+_OF_UPDATE += ("truncated_share", "value_loss")
 
 
 class _Metered:
