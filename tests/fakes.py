@@ -209,12 +209,18 @@ class FakeEvaluator:
     gold: dict[int, float] = field(default_factory=dict)
 
     async def evaluate(
-        self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[np.ndarray], sft_logprobs: Seq[Seq[np.ndarray]]
+        self,
+        step: int,
+        samples: Seq[tuple[Sample, ...]],
+        proxy: Seq[np.ndarray],
+        sft_logprobs: Seq[Seq[np.ndarray]],
+        anchor_logprobs: Seq[Seq[np.ndarray]],
     ) -> tuple[EvaluationReport, list[dict[str, object]]]:
         self.versions[step] = {s.first_version for group in samples for s in group} | {
             s.last_version for group in samples for s in group
         }
-        return EvaluationReport(step, step, 0.0, 0.0, 2.0, gold_mean=self.gold.get(step)), []
+        kl = {key: 0.0 for key in ("kl_sft", "kl_sft_k3", "kl_anchor", "kl_anchor_k3")}
+        return EvaluationReport(step, step, 0.0, response_tokens_mean=2.0, gold_mean=self.gold.get(step), **kl), []
 
 
 @dataclass
