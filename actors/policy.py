@@ -47,12 +47,14 @@ class Critic:
     """
 
     def __init__(self, config: RunConfig, folder: str | Path, calibration_set: SequenceTable) -> None:
-        """``folder``: the reward model to start from."""
+        """``folder``: the reward model to start from, of an ensemble the first."""
         self._policy = config.policy
         self._pool = config.pools.policy
         self._scaled = config.reward.scale == "calibration_std"
         policy, dtype = config.policy, self._pool.dtype
-        model = networks.load_reward_model(folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        model = networks.load_reward_model(
+            networks.reward_members(folder)[0], dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
         settings = EngineSettings.of(
             policy, learning_rate=policy.critic_learning_rate, dtype=dtype, beta2=policy.adam_beta2
         )

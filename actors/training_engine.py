@@ -124,6 +124,39 @@ class TrainingEngine:
             total += loss.detach().to(self.device)
         return total.item()
 
+    def gradients(self, parts: Seq[Part], loss_of: Callable[[Part], Tensor]) -> list[Tensor]:
+        """Of the parts' summed losses by every parameter, in float32; what ``accumulate`` has gathered stays."""
+        parameters = list(self._module.parameters())
+        totals = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+        for part in parts:
+            for total, found in zip(totals, torch.autograd.grad(loss_of(part), parameters), strict=True):
+                total += found
+        return totals
+
+    @contextlib.contextmanager
+    def moved(self, moves: Seq[Tensor]) -> Iterator[None]:
+        """Inside, every weight has been moved; after it, each is bit for bit what it was. Not for ZeRO 3."""
+        parameters = list(self._module.parameters())
+        kept = [parameter.detach().clone() for parameter in parameters]
+        try:
+            for parameter, move in zip(parameters, moves, strict=True):
+                parameter.data.copy_(parameter.data.float() + move)
+            yield
+        finally:
+            for parameter, old in zip(parameters, kept, strict=True):
+                parameter.data.copy_(old)
+
+    def second_moments(self) -> list[Tensor] | None:
+        """AdamW's, by parameter; None before the first step."""
+        if self._settings.is_plain:
+            states = [self._engine.basic_optimizer.state.get(parameter, {}) for parameter in self._module.parameters()]
+            moments = [state.get("exp_avg_sq") for state in states]
+        else:
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            moments = [safe_get_full_optimizer_state(p, "exp_avg_sq") for p in self._module.parameters()]
+        return None if any(moment is None for moment in moments) else moments
+
     def step(self, factor: float) -> float:
         """Clip, update at ``factor`` times the learning rate, clear; returns the gradient norm before clipping.
 

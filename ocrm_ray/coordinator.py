@@ -80,6 +80,7 @@ class Coordinator:
             batch = await self.scorer.refresh(rollouts)
             with self.step_clock.timed(TRAIN):
                 update = await self.pools.policy.update(batch)
+            self.corrector.on_policy.add(batch)
             await self._publish(tasks, update.version)
             await self._promote(step)
             await self._correct(tasks, step)

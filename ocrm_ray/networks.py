@@ -71,7 +71,8 @@ class ScalarModel(nn.Module):
     """A causal sequence-classification network with one label, read at every token: reward model or critic.
 
     Hugging Face reads the score in front of the first padding token, which is the wrong place where padding and
-    EOS share an id; here the caller says which token counts. ``forward``: R rows of L tokens -> float32 [R * L].
+    EOS share an id; here the caller says which token counts. ``forward``: R rows of L tokens -> float32 [R * L], or
+    with ``states`` the hidden states that are scored, [R * L, H].
     """
 
     def __init__(self, network: Any) -> None:
@@ -81,8 +82,11 @@ class ScalarModel(nn.Module):
         network.score.load_state_dict(head.state_dict())
         self.network = network
 
-    def forward(self, batch: PaddedBatch) -> Tensor:
-        scores: Tensor = self.network.score(_hidden_states(self.network, batch))
+    def forward(self, batch: PaddedBatch, states: bool = False) -> Tensor:
+        hidden = _hidden_states(self.network, batch)
+        if states:
+            return hidden.flatten(0, 1)
+        scores: Tensor = self.network.score(hidden)
         return scores.flatten()
 
 
@@ -197,6 +201,12 @@ def load_reward_model(
     return model
 
 
+def reward_members(path: str | Path) -> list[str]:
+    """Folders of the reward models at ``path``: an ensemble's members in order, or itself."""
+    members = sorted(Path(path).glob("member-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+    return [str(member) for member in members] or [str(path)]
+
+
 def checkpoint_layers(model: nn.Module) -> None:
     """Let each decoder layer keep its input alone, and compute the rest again in the backward pass.
 
@@ -242,6 +252,12 @@ def last_token_scores(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B]: scores of a reward model at the last token of each sequence."""
     scores: Tensor = model(batch)
     return scores[batch.last_places]
+
+
+def last_token_states(model: Any, batch: PaddedBatch) -> Tensor:
+    """[B, H]: the hidden states that a reward model scores."""
+    states: Tensor = model(batch, True)
+    return states[batch.last_places]
 
 
 def response_values(model: Any, batch: PaddedBatch) -> Tensor:

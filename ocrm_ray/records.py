@@ -1,6 +1,7 @@
 """What crosses process boundaries: frozen dataclasses over Python numbers and numpy arrays."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -154,23 +155,29 @@ class PublishReport:
 
 @dataclass(frozen=True, slots=True)
 class RefitRequest:
-    """Refit the RM on training pairs ``indices`` [N] with ``weights`` [N] (None: uniform) to ``reward_version``."""
+    """Refit the RM on training pairs ``indices`` [N] with ``weights`` [N] (None: uniform) to ``reward_version``.
+
+    ``extra_pairs``: (chosen, rejected) beside those. ``groups``: on-policy responses to one prompt each, unlabelled.
+    """
 
     reward_version: int
     indices: IntArray
     weights: FloatArray | None
     seed: int
+    extra_pairs: tuple[tuple[Sequence, Sequence], ...] = ()
+    groups: tuple[tuple[Sequence, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RefitReport:
-    """A finished refit: its model folder, mean loss, accuracy on the held-out pairs."""
+    """A finished refit: its model folder, mean loss, accuracy on the held-out pairs; ``figures`` of its strategy."""
 
     reward_version: int
     path: Path
     loss: float
     heldout_accuracy: float
     seconds: float
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
