@@ -259,6 +259,8 @@ class Weights(Section):
     """Of the relative density ratio; 0: the plain ratio."""
     m: Share = 1.0
     """Exponent; 1: the full weight, 0: none."""
+    target_ess: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Lower m at each refit until the weights' effective sample size is this share of its pairs; null: m stays."""
     clip: PositiveFloat | None = None
     """Largest weight, before normalisation; null: no clip."""
     normalise: bool = True

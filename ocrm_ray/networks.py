@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs, sequence_logprobs
+from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs, log_collision, sequence_logprobs, token_entropy
+from ocrm_ray.algorithm.wpo import response_log_weights
 from ocrm_ray.attention import use_products
 from ocrm_ray.batches import PaddedBatch, SequenceTable, cut_rows
 from ocrm_ray.config import Dtype, Pool
@@ -37,8 +38,8 @@ class ScalarHead(nn.Linear):
 class CausalModel(nn.Module):
     """A causal language model that is asked only how likely responses are: [B, L, V] logits never exist.
 
-    ``forward``: a batch -> (log-probs of the response tokens, entropy of the distribution behind each), float32 [B, T],
-    0 behind the end of each response; the entropy is without gradient, and None unless asked for.
+    ``forward``: a batch -> (log-probs of the response tokens, entropy or log collision probability of the distribution
+    behind each), float32 [B, T], 0 behind the end of each response; the latter without gradient, None unless asked for.
     """
 
     def __init__(self, network: Any) -> None:
@@ -46,15 +47,18 @@ class CausalModel(nn.Module):
         self.network = network
 
     def forward(
-        self, batch: PaddedBatch, temperature: float, with_entropy: bool = False
+        self, batch: PaddedBatch, temperature: float, with_entropy: bool = False, *, with_collisions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        assert not (with_entropy and with_collisions)
+        statistic = token_entropy if with_entropy else log_collision if with_collisions else None
         places, tokens = batch.response_tokens()
         hidden = _hidden_states(self.network, batch).flatten(0, 1).index_select(0, places)
         num_rows = max(1, MAX_LOGITS // self.network.config.get_text_config().vocab_size)
-        logprobs, entropy = head_logprobs(self.logits, hidden, tokens, temperature, num_rows, with_entropy=with_entropy)
+        logprobs, statistics = head_logprobs(self.logits, hidden, tokens, temperature, num_rows, statistic=statistic)
         mask = batch.response_mask
         zeros = torch.zeros(mask.shape, device=mask.device)
-        return zeros.masked_scatter(mask, logprobs), None if entropy is None else zeros.masked_scatter(mask, entropy)
+        logprobs = zeros.masked_scatter(mask, logprobs)
+        return logprobs, None if statistics is None else zeros.masked_scatter(mask, statistics)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head's logits, scaled and capped as the architecture's configuration says."""
@@ -285,6 +289,16 @@ def row_sums(model: Any, table: SequenceTable, rows: IntArray, temperature: floa
         return sequence_logprobs(response_logprobs(model, batch, temperature), batch.response_mask)
 
     return torch.stack(_each(model, table, rows, pool, sums))
+
+
+def row_log_weights(model: Any, table: SequenceTable, rows: IntArray, temperature: float, pool: Pool) -> Tensor:
+    """WPO's log-weight of the response of each of table rows ``rows`` [N], float32 [N] on the CPU."""
+
+    def log_weights(batch: PaddedBatch) -> Tensor:
+        logprobs, collisions = model(batch, temperature, with_collisions=True)
+        return response_log_weights(logprobs, collisions, batch.response_mask)
+
+    return torch.stack(_each(model, table, rows, pool, log_weights))
 
 
 def table_scores(model: Any, table: SequenceTable, pool: Pool) -> Tensor:
