@@ -63,6 +63,7 @@ class RayPolicyPool(RayPool):
     farewell = "close"
 
     update = asks(PolicyPool.update)
+    learn_pairs = asks(PolicyPool.learn_pairs)
     export_weights = asks(PolicyPool.export_weights)
     release_weights = asks(PolicyPool.release_weights)
     logprobs = asks(PolicyPool.logprobs)

@@ -127,7 +127,7 @@ class RewardRefitter:
         indices = np.arange(len(self._train) // 2)
         request = RefitRequest(0, indices, None, self.config.seed)
         paths = stage_paths(self.config)
-        return self._fit(request, self.config.reward.training, paths.reward_base, paths.root / "reward")
+        return self._fit(request, self.config.reward.training, paths.reward_base, Path(paths.reward))
 
     def refit(self, request: RefitRequest) -> RefitReport:
         """A candidate for a correction, into ``reward/vN`` of the run folder."""

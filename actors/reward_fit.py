@@ -112,8 +112,9 @@ class RewardFit:
             loss = self._engine.accumulate(parts, _call)
             self._engine.step(factor)
             return loss
-        drawn = partial(self._view_loss, self.views, self._groups.draw_views(self.views.num_prompts, self._rng))
-        total = self._engine.accumulate([*parts, drawn], _call)
+        rows = self._groups.draw_views(self.views.num_prompts, self._rng)
+        parts.append(partial(self._view_loss, self.views, rows))
+        total = self._engine.accumulate(parts, _call)
         self._engine.step(factor)
         self._view_optimizer.step()
         self._view_optimizer.zero_grad()
@@ -144,14 +145,15 @@ class RewardFit:
 
         def spread(groups: Seq[IntArray]) -> Tensor:
             micro = self._groups.table.batch(np.concatenate(groups)).to(self._engine.device)
-            found = group_spread(last_token_scores(self._engine.forward, micro), groups) / len(drawn)
+            found = group_spread(last_token_scores(self._engine.module, micro), groups) / len(drawn)
             spreads.append(found.item())
             return found
 
         spreads: list[float] = []
         gradients = self._engine.gradients(chunks, spread)
         self._tell("reward_spread", sum(spreads))
-        return ascent_step(gradients, meta.step, meta.eta, self._engine.second_moments())
+        moments = self._engine.second_moments() if meta.step == "preconditioned" else None
+        return ascent_step(gradients, meta.step, meta.eta, moments)
 
     def _prepare_views(self, views: RepresentationLoss) -> None:
         """Networks of the representation loss alone: made anew for each fit, and dropped after it."""

@@ -14,7 +14,7 @@ from actors.training_engine import start_process, training_device
 from actors.weight_transport import WeightReader
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
-from ocrm_ray.networks import load_causal_lm, load_tokenizer, row_alignments, row_sums, table_logprobs
+from ocrm_ray.networks import load_causal_lm, load_tokenizer, row_log_weights, row_sums, table_logprobs
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
 from ocrm_ray.reward_learning import pair_rows, pair_table
@@ -81,7 +81,7 @@ class ScoringActor:
         """As the protocol says: float32 [N, 2]."""
         network, temperature = self._snapshot(weights), self.config.rollout.temperature
         return _by_pair(
-            row_alignments(network, self._pairs, pair_rows(indices), temperature, self.config.pools.scoring)
+            row_log_weights(network, self._pairs, pair_rows(indices), temperature, self.config.pools.scoring)
         )
 
     def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:

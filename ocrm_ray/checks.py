@@ -121,6 +121,11 @@ def _strategy(config: RunConfig) -> Checks:
     yield needs_model and synthetic.model is None, "correction.rlp_spg.model", need, do
     need, do = "nothing with clusterer exact", "remove it, or change the clusterer"
     yield not needs_model and synthetic.model is not None, "correction.rlp_spg.model", need, do
+    offline = config.policy.is_offline
+    need, do = f"none with policy.algorithm {config.policy.algorithm}: it uses no reward model", "set it to none"
+    yield offline and strategy != "none", "correction.strategy", need, do
+    need, do = "sft or unknown: the offline policy is compared with its start", "change it, or use another algorithm"
+    yield offline and config.pairs.behaviour not in ("sft", "unknown"), "pairs.behaviour", need, do
     is_several = ensemble.num_members > 1
     need, do = "nothing beside reward.ensemble: its members are trained", "remove it, or set num_members: 1"
     yield is_several and config.reward.ready is not None, "reward.ready", need, do

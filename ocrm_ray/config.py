@@ -207,10 +207,22 @@ class Rollout(Section):
     """``mask`` leaves responses without EOS out of the loss."""
 
 
+class DirectPreference(Section):
+    """DPO and WPO: the policy learns from the preference pairs alone, without rollouts and reward model."""
+
+    beta: PositiveFloat = 0.05
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share of swapped labels."""
+    pairs_per_step: PositiveInt = 128
+    """Training pairs of an update; each epoch takes all, in a new order."""
+
+
 class Policy(Section):
     """One policy update."""
 
-    algorithm: Literal["ppo", "rloo", "grpo"] = "rloo"
+    algorithm: Literal["ppo", "rloo", "grpo", "dpo", "wpo"] = "rloo"
+    """``dpo`` and ``wpo`` are the offline baselines on the same pairs: nothing is corrected."""
+    direct: DirectPreference = DirectPreference()
     num_updates: PositiveInt = 140
     """Policy updates of the whole run."""
     learning_rate: PositiveFloat = 1e-4
@@ -248,6 +260,11 @@ class Policy(Section):
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage of policy, critic and refit."""
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether it learns from the preference pairs alone."""
+        return self.algorithm in ("dpo", "wpo")
 
 
 class Weights(Section):

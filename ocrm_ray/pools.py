@@ -51,6 +51,10 @@ class PolicyPool(Protocol):
     async def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
         """One policy update, v -> v + 1. Refuses rollouts whose scores are not of the live RM and anchor."""
 
+    async def learn_pairs(self, indices: IntArray, anchor_logprobs: FloatArray) -> UpdateReport:
+        """One update, v -> v + 1, on training pairs ``indices`` [N], whose summed log-probs under the SFT model are
+        ``anchor_logprobs`` [N, 2]: DPO or WPO."""
+
     async def export_weights(self) -> PolicyWeights:
         """Copy the present weights to where engines and scorers can read them; later updates do not change them."""
 

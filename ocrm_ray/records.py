@@ -121,20 +121,21 @@ class PolicyWeights:
 class UpdateReport:
     """One policy update. ``logprob_gap``: mean absolute difference, trainer (before the update) against sampler.
 
-    ``truncated_share``: of the loss tokens, those whose importance weight was cut at its cap.
+    ``truncated_share``: of the loss tokens, those whose importance weight was cut at its cap. None: of rollouts, and
+    the update had none.
     """
 
     version: int
     loss: float
-    kl_anchor: float
-    kl_sft: float
-    entropy: float
-    clip_share: float
+    kl_anchor: float | None
+    kl_sft: float | None
+    entropy: float | None
+    clip_share: float | None
     grad_norm: float
-    logprob_gap: float
+    logprob_gap: float | None
     seconds: float
     value_loss: float | None = None
-    truncated_share: float = 0.0
+    truncated_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

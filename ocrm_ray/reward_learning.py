@@ -95,5 +95,5 @@ class ResponseGroups:
 
 def group_spread(scores: Tensor, groups: Seq[IntArray]) -> Tensor:
     """MetaRM's J, summed over groups: ``scores`` [N] of all their responses, in order."""
-    parts = scores.split([len(group) for group in groups])
+    parts = torch.split(scores, [len(group) for group in groups])
     return torch.stack([reward_spread(part[None]) for part in parts]).sum()
