@@ -19,8 +19,10 @@ PUBLISHING = "publishing"
 METERED = {"generate": "generation", "score": ROLLOUT_SCORING, "publish": PUBLISHING}
 """Stages whose seconds are those with a request in flight."""
 WAITS = ("rollout_wait_s", "correction_wait_s", "publish_wait_s")
-_OF_UPDATE = ("loss", "kl_sft", "kl_anchor", "entropy", "clip_share", "grad_norm", "logprob_gap")
-_OF_UPDATE += ("truncated_share", "value_loss")
+_OF_UPDATE = (
+    *("loss", "kl_sft", "kl_anchor", "entropy", "clip_share", "grad_norm", "logprob_gap"),
+    *("truncated_share", "value_loss"),
+)
 
 
 class _Metered:
