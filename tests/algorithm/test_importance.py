@@ -336,3 +336,9 @@ def test_shuffling_deals_the_same_weights_to_other_pairs_by_the_seed_alone():
     torch.manual_seed(0)
     assert torch.equal(shuffled(log_weights, seed=3), placebo)
     assert not torch.equal(shuffled(log_weights, seed=4), placebo)
+
+
+def test_statistics_of_float32_log_weights_are_summed_in_float64():
+    log_weights = torch.randn(100_000, generator=torch.Generator().manual_seed(12))
+    statistics = weight_statistics(log_weights)
+    assert statistics["ess_fraction"] == pytest.approx(plain_ess_fraction(log_weights.double()), rel=1e-9)

@@ -97,6 +97,15 @@ def test_chunks_of_the_head_change_neither_values_nor_gradients(chunk_size: int,
         torch.testing.assert_close(value, expected)
 
 
+def test_statistic_through_the_head_is_that_of_its_logits_at_the_temperature():
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(7, 6, generator=generator), torch.randn(50, 6, generator=generator)
+    tokens = torch.zeros(7, dtype=torch.long)
+    _, found = head_logprobs(lambda part: part @ weight.T, hidden, tokens, 0.5, 4, statistic=log_collision)
+    expected = torch.softmax((hidden @ weight.T).double() / 0.5, dim=-1).square().sum(dim=-1).log()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_gradient_through_the_head_is_the_closed_form_in_float64():
     generator = torch.Generator().manual_seed(2)
     hidden, upstream = torch.randn(11, 6, generator=generator).double(), torch.randn(11, generator=generator).double()

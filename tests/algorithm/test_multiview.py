@@ -49,10 +49,10 @@ def test_divergence_is_symmetric_and_zero_of_equals_alone():
 
 
 def test_information_by_hand():
-    first, second = torch.tensor([[1.0], [-2.0]]), torch.tensor([[3.0], [0.5]])
+    first, second = torch.tensor([[1.0], [-2.0], [0.5]]), torch.tensor([[3.0], [0.5], [-2.0]])
     found = shared_information(dot, first, second).item()
-    together = -(math.log1p(math.exp(-3)) + math.log1p(math.exp(1))) / 2  # scores 3 and -1
-    apart = -(math.log1p(math.exp(0.5)) + math.log1p(math.exp(-6))) / 2  # scores 0.5 and -6
+    together = -sum(math.log1p(math.exp(-score)) for score in (3, -1, -1)) / 3
+    apart = -sum(math.log1p(math.exp(score)) for score in (1 * -2, -2 * 3, 0.5 * 0.5)) / 3
     assert found == pytest.approx(together + apart)
 
 
@@ -147,6 +147,19 @@ def test_trained_module_finds_what_views_share_and_nothing_where_they_share_noth
 @pytest.mark.parametrize(("progress", "expected"), [(0.0, 0.001), (0.25, 0.001**0.5), (0.5, 1.0), (1.0, 1.0)])
 def test_coefficient_grows_exponentially_to_one_at_half_of_the_training(progress: float, expected: float):
     assert grown_coefficient(progress) == pytest.approx(expected)
+
+
+def test_modules_loss_and_gradients_are_those_of_its_networks_put_together_by_hand():
+    torch.manual_seed(5)
+    network = MultiView(hidden_size=4, latent_size=2)
+    noise, hidden, by_hand = torch.randn(2, 8, 2), torch.randn(2, 8, 4, requires_grad=True), []
+    loss = network(*hidden, noise, 0.3)
+    for state in hidden:
+        by_hand.append(Gaussian(network.mu(state), torch.log1p(network.sigma(state).exp()) + 1e-6))
+    expected = multiview_loss(*by_hand, noise, lambda a, b: network.critic(torch.cat([a, b], dim=1)).flatten(), 0.3)
+    torch.testing.assert_close(loss, expected)
+    gradients = (torch.autograd.grad(each, hidden)[0] for each in (loss, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_module_gives_gradients_to_every_network_and_to_the_hidden_states():
