@@ -3,13 +3,15 @@
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ocrm_ray.config import RunConfig
 from ocrm_ray.evaluation import HeldoutEvaluator, SampleRow
 from ocrm_ray.gold import load_gold
 from ocrm_ray.networks import load_tokenizer
-from ocrm_ray.records import EvaluationReport, Prompt
+from ocrm_ray.records import EvaluationReport, Prompt, Sequence
+from ocrm_ray.response_clusters import Clusterer, load_clusterer
 
 
 @dataclass(eq=False)
@@ -24,7 +26,7 @@ class EvaluationActor:
     def start(self) -> None:
         """Load gold and the tokenizer. Raises UserError if gold cannot be loaded."""
         config, trust = self.config, self.config.trust_remote_code
-        tokenizer = load_tokenizer(self.tokenizer_path, trust_remote_code=trust)
+        tokenizer = self._tokenizer = load_tokenizer(self.tokenizer_path, trust_remote_code=trust)
         gold = load_gold(config.gold, config.world, trust_remote_code=trust)
         self._evaluator = HeldoutEvaluator(self.prompts, tokenizer, gold, config.evaluation.num_samples_saved)
 
@@ -33,6 +35,29 @@ class EvaluationActor:
         started = time.monotonic()
         report, rows = self._evaluator.evaluate(*measured)
         return replace(report, seconds=time.monotonic() - started), rows
+
+    def gold_of(self, prompts: Seq[Prompt], sequences: Seq[Sequence]) -> list[float]:
+        """As the protocol says."""
+        references = [prompt.reference for prompt in prompts]
+        return self.gold([prompt.text for prompt in prompts], self._texts(sequences), references)
+
+    def clusters(self, groups: Seq[Seq[Sequence]]) -> list[list[int]]:
+        """As the protocol says."""
+        prompts = self._tokenizer.batch_decode([group[0].prompt_ids for group in groups], skip_special_tokens=True)
+        texts = iter(self._texts([sequence for group in groups for sequence in group]))
+        return [
+            self._clusterer(prompt, [next(texts) for _ in group]).tolist()
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+
+    def _texts(self, sequences: Seq[Sequence]) -> list[str]:
+        ids = [list(sequence.response_ids) for sequence in sequences]
+        return [text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @cached_property
+    def _clusterer(self) -> Clusterer:
+        settings = self.config.correction.rlp_spg
+        return load_clusterer(settings, trust_remote_code=self.config.trust_remote_code)
 
     def gold(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
         """Gold scores [N] of the responses."""

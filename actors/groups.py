@@ -63,6 +63,7 @@ class RayPolicyPool(RayPool):
     farewell = "close"
 
     update = asks(PolicyPool.update)
+    learn_pairs = asks(PolicyPool.learn_pairs)
     export_weights = asks(PolicyPool.export_weights)
     release_weights = asks(PolicyPool.release_weights)
     logprobs = asks(PolicyPool.logprobs)
@@ -88,12 +89,18 @@ class RayScoringPool(RayPool):
         return [[row for share in shares for row in share[number]] for number in range(len(models))]
 
     async def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
+        return await self._in_background("pair_logprobs", weights, indices)
+
+    async def pair_alignments(self, weights: PolicyWeights, indices: IntArray) -> FloatArray:
+        return await self._in_background("pair_alignments", weights, indices)
+
+    async def _in_background(self, method: str, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
         """Chunk after chunk on the background actor, so that scoring for the policy is never behind it."""
         background, deadline_s = self.actors[-1], self.deadlines.request_s
         if weights is not None:
             await background.call("load_snapshot", weights, deadline_s=deadline_s)
         chunks = [
-            await background.call("pair_logprobs", weights, chunk, deadline_s=deadline_s)
+            await background.call(method, weights, chunk, deadline_s=deadline_s)
             for chunk in (indices[start : start + PAIR_CHUNK] for start in range(0, len(indices), PAIR_CHUNK))
         ]
         return np.concatenate([np.zeros((0, 2), dtype=np.float32), *chunks])
@@ -122,4 +129,6 @@ class RayEvaluator(RayPool):
     name = "evaluation"
 
     evaluate = asks(Evaluator.evaluate)
+    gold_of = asks(Evaluator.gold_of)
+    clusters = asks(Evaluator.clusters)
     gold = asks(Cluster.gold)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from actors.nccl_transport import NcclExporter
@@ -18,13 +19,13 @@ from actors.weight_transport import WeightExporter, WeightReader
 from ocrm_ray import networks
 from ocrm_ray import policy_learning as learning
 from ocrm_ray.algorithm.reward_scores import calibration, recentre
-from ocrm_ray.batches import SequenceTable, pad_rows
+from ocrm_ray.batches import SequenceTable, length_chunks, pad_rows
 from ocrm_ray.config import RunConfig
 from ocrm_ray.networks import table_logprobs
 from ocrm_ray.policy_learning import Experience, MicroBatch, UpdateStatistics
 from ocrm_ray.preferences import read_pairs
-from ocrm_ray.records import FloatArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
-from ocrm_ray.reward_learning import calibration_sequences
+from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
+from ocrm_ray.reward_learning import calibration_sequences, pair_lengths, pair_rows, pair_table
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -47,12 +48,14 @@ class Critic:
     """
 
     def __init__(self, config: RunConfig, folder: str | Path, calibration_set: SequenceTable) -> None:
-        """``folder``: the reward model to start from."""
+        """``folder``: the reward model to start from, of an ensemble the first."""
         self._policy = config.policy
         self._pool = config.pools.policy
         self._scaled = config.reward.scale == "calibration_std"
         policy, dtype = config.policy, self._pool.dtype
-        model = networks.load_reward_model(folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        model = networks.load_reward_model(
+            networks.reward_members(folder)[0], dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
         settings = EngineSettings.of(
             policy, learning_rate=policy.critic_learning_rate, dtype=dtype, beta2=policy.adam_beta2
         )
@@ -147,8 +150,30 @@ class PolicyActor:
         self._version += 1
         self._num_scheduled += 1
         report = statistics.report(experience, self._version, time.perf_counter() - started)
-        self._gap = report.logprob_gap if statistics.weights["logprob_gap"] else self._gap
+        if statistics.weights["logprob_gap"] and report.logprob_gap is not None:
+            self._gap = report.logprob_gap
         return report
+
+    @_alone
+    def learn_pairs(self, indices: IntArray, anchor_logprobs: FloatArray) -> UpdateReport:
+        """One update on training pairs, as the protocol says."""
+        started, policy, table = time.perf_counter(), self.config.policy, self._pairs
+        most = max(1, policy.micro_batch_size // 2)
+        chunks = length_chunks(pair_lengths(table)[indices], most, policy.micro_batch_tokens)
+
+        def loss_of(chunk: list[int]) -> Tensor:
+            batch = table.batch(pair_rows(indices[chunk])).to(self._engine.device)
+            logprobs, collisions = self._engine.forward(
+                batch, self.config.pairs.temperature, with_collisions=policy.algorithm == "wpo"
+            )
+            anchor = torch.from_numpy(anchor_logprobs[chunk]).to(logprobs.device)
+            return learning.preference_loss(logprobs, collisions, batch.response_mask, anchor, policy) / len(indices)
+
+        loss = self._engine.accumulate(chunks, loss_of)
+        norm = self._engine.step(learning.learning_rate_factor(self._version, policy, policy.num_updates))
+        self._version += 1
+        seconds = time.perf_counter() - started
+        return UpdateReport(self._version, loss, None, None, None, None, norm, None, seconds)
 
     @_alone
     def export_weights(self) -> PolicyWeights:
@@ -237,6 +262,11 @@ class PolicyActor:
         pairs = read_pairs(self.config.stage_root / "pairs" / "train.jsonl")
         sequences = calibration_sequences(pairs, self.config.reward.num_calibration)
         return Critic(self.config, folder, self._table(sequences))
+
+    @functools.cached_property
+    def _pairs(self) -> SequenceTable:
+        pairs = read_pairs(self.config.stage_root / "pairs" / "train.jsonl")
+        return pair_table(pairs, self._tokenizer.pad_token_id, self.config.share_prompts)
 
     def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
         return SequenceTable(sequences, self._tokenizer.pad_token_id, self.config.share_prompts)

@@ -3,31 +3,28 @@
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 
-from actors.training_engine import EngineSettings, TrainingEngine, start_process, training_device
+from actors.reward_fit import FitData, RewardFit
+from actors.training_engine import start_process, training_device
+from ocrm_ray.algorithm.reward_ensemble import aggregate
 from ocrm_ray.algorithm.reward_scores import calibration, recentre
-from ocrm_ray.batches import SequenceTable, length_chunks
+from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RewardTraining, RunConfig
-from ocrm_ray.networks import ScalarModel, last_token_scores, load_reward_model, load_tokenizer, table_scores
+from ocrm_ray.networks import ScalarModel, load_reward_model, load_tokenizer, reward_members, table_scores
 from ocrm_ray.preferences import read_pairs
-from ocrm_ray.records import Calibration, FloatArray, IntArray, RefitReport, RefitRequest, Sequence
-from ocrm_ray.reward_learning import (
-    calibration_sequences,
-    cosine_factor,
-    epoch_batches,
-    pair_accuracy,
-    pair_lengths,
-    pair_rows,
-    pair_table,
-    weighted_pair_loss,
-)
+from ocrm_ray.records import Calibration, FloatArray, RefitReport, RefitRequest, Sequence
+from ocrm_ray.reward_learning import ResponseGroups, calibration_sequences, interleaved
 from ocrm_ray.stages import stage_paths
 
 LIVE = "live"
+MEMBER_SEEDS = 7919
+"""Between the seeds of an ensemble's members."""
 
 
 @dataclass(eq=False)
@@ -41,13 +38,15 @@ class RewardServer:
     reward_path: str
 
     def __post_init__(self) -> None:
-        self._slots: dict[str, tuple[ScalarModel, Calibration]] = {}
+        self._slots: dict[str, list[tuple[ScalarModel, Calibration]]] = {}
 
     def start(self) -> None:
         """Load the first reward model and calibrate it."""
         config = self.config
         start_process(config.pools.reward.threads_per_actor, config.seed)
-        self._pad_id = load_tokenizer(self.reward_path, trust_remote_code=config.trust_remote_code).pad_token_id
+        self._pad_id = load_tokenizer(
+            reward_members(self.reward_path)[0], trust_remote_code=config.trust_remote_code
+        ).pad_token_id
         pairs = read_pairs(config.stage_root / "pairs" / "train.jsonl")
         self._calibration_set = self._table(calibration_sequences(pairs, config.reward.num_calibration))
         self._slots = {LIVE: self._load(self.reward_path)}
@@ -56,15 +55,23 @@ class RewardServer:
         """Calibrated scores [N], read at the last token; ``slot``: ``live`` or a promotion_id."""
         slots = self._slots
         assert slot in slots, f"no reward model in slot {slot}"
-        model, found = slots[slot]
-        scores = table_scores(model, self._table(sequences), self.config.pools.reward)
-        return recentre(scores, found.mean, found.std, self.config.reward.scale == "calibration_std").numpy()
+        settings, table = self.config.reward, self._table(sequences)
+        members = [(table_scores(model, table, self.config.pools.reward), found) for model, found in slots[slot]]
+        if len(members) == 1:
+            ((scores, found),) = members
+            return recentre(scores, found.mean, found.std, settings.scale == "calibration_std").numpy()
+        scaled = torch.stack([recentre(scores, found.mean, found.std, scale=True) for scores, found in members])
+        ensemble = settings.ensemble
+        total = aggregate(scaled, ensemble.aggregate, ensemble.variance_coefficient)
+        common = 1.0 if settings.scale == "calibration_std" else fmean(found.std for _, found in members)
+        return (common * total).numpy()
 
     def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
-        """Load a candidate beside the live model and calibrate it."""
+        """Load a candidate beside the live model and calibrate it; of an ensemble the members' mean calibration."""
         candidate, live = self._load(refit.path), self._slots[LIVE]
         self._slots = {name: held for name, held in self._slots.items() if held is live} | {promotion_id: candidate}
-        return candidate[1]
+        found = [of_member for _, of_member in candidate]
+        return Calibration(fmean(each.mean for each in found), fmean(each.std for each in found))
 
     def commit(self, promotion_id: str, reward_version: int) -> None:
         """The staged model, if there is one of this promotion, is live, under both names. Again: no effect."""
@@ -75,12 +82,15 @@ class RewardServer:
     def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
         return SequenceTable(sequences, self._pad_id, self.config.share_prompts)
 
-    def _load(self, path: str | Path) -> tuple[ScalarModel, Calibration]:
-        dtype = self.config.pools.reward.dtype
-        model = load_reward_model(path, dtype=dtype, trust_remote_code=self.config.trust_remote_code)
-        model = model.requires_grad_(False).to(training_device())
-        mean, std = calibration(table_scores(model, self._calibration_set, self.config.pools.reward))
-        return model, Calibration(mean, std)
+    def _load(self, path: str | Path) -> list[tuple[ScalarModel, Calibration]]:
+        """The model, or an ensemble's members."""
+        dtype, trust, members = self.config.pools.reward.dtype, self.config.trust_remote_code, []
+        for folder in reward_members(path):
+            model = load_reward_model(folder, dtype=dtype, trust_remote_code=trust)
+            model = model.requires_grad_(False).to(training_device())
+            found = calibration(table_scores(model, self._calibration_set, self.config.pools.reward))
+            members.append((model, Calibration(*found)))
+        return members
 
 
 @dataclass(eq=False)
@@ -94,29 +104,30 @@ class RewardRefitter:
     sft_path: str
     reward_path: str | None
     run_dir: Path
-    _progress: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self._fitting: RewardFit | None = None
+        self._num_fitted = 0
 
     def progress(self) -> tuple[int, int]:
         """Optimiser steps (done, in all) of the fit that goes on; may be asked from another thread."""
-        return self._progress
+        done, in_all = (0, 0) if self._fitting is None else self._fitting.progress
+        return done + self._num_fitted * in_all, in_all * self.config.reward.ensemble.num_members
 
     def start(self) -> None:
         """Read the pairs."""
         start_process(self.config.pools.reward.threads_per_actor, self.config.seed)
         self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=self.config.trust_remote_code)
         folder = self.config.stage_root / "pairs"
-        self._train, self._heldout = (
-            pair_table(read_pairs(folder / name), self._tokenizer.pad_token_id, self.config.share_prompts)
-            for name in ("train.jsonl", "heldout.jsonl")
-        )
-        self._lengths = pair_lengths(self._train)
+        train, heldout = (interleaved(read_pairs(folder / name)) for name in ("train.jsonl", "heldout.jsonl"))
+        self._sequences, self._train, self._heldout = train, self._table(train), self._table(heldout)
 
     def fit_first(self) -> RefitReport:
         """The first reward model, version 0: all pairs alike, from its own initial weights, into the stage folder."""
         indices = np.arange(len(self._train) // 2)
         request = RefitRequest(0, indices, None, self.config.seed)
         paths = stage_paths(self.config)
-        return self._fit(request, self.config.reward.training, paths.reward_base, paths.root / "reward")
+        return self._fit(request, self.config.reward.training, paths.reward_base, Path(paths.reward))
 
     def refit(self, request: RefitRequest) -> RefitReport:
         """A candidate for a correction, into ``reward/vN`` of the run folder."""
@@ -137,51 +148,37 @@ class RewardRefitter:
                 return self.reward_path
 
     def _fit(self, request: RefitRequest, training: RewardTraining, initial: str, folder: Path) -> RefitReport:
+        """Every member of the ensemble, one after another; the figures are means over them."""
         started = time.perf_counter()
-        dtype = self.config.pools.reward.dtype
-        trust = self.config.trust_remote_code
-        model = load_reward_model(initial, dtype=dtype, trust_remote_code=trust, head_seed=self.config.seed)
-        settings = EngineSettings.of(
-            self.config.policy,
-            learning_rate=training.learning_rate,
-            max_grad_norm=training.max_grad_norm,
-            dtype=dtype,
-            weight_decay=training.weight_decay,
-        )
-        engine = TrainingEngine(model, settings)
-        try:
-            loss = self._train_epochs(engine, request, training)
-            accuracy = pair_accuracy(table_scores(engine.forward, self._heldout, self.config.pools.reward))
-            engine.save(self._tokenizer, folder)
-        finally:
-            engine.close()
+        num_members = self.config.reward.ensemble.num_members
+        starts = reward_members(initial)
+        folders = [folder / f"member-{number}" for number in range(num_members)] if num_members > 1 else [folder]
+        data, found = self._data(request), []
+        for number, member_folder in enumerate(folders):
+            self._num_fitted = number
+            self._fitting = self._member(request, training, data, number)
+            found.append(self._fitting.run(starts[number % len(starts)], member_folder, self._tokenizer))
+        figures = {name: fmean(of_member[name] for of_member in found) for name in found[0]}
+        loss, accuracy = figures.pop("loss"), figures.pop("heldout_accuracy")
         seconds = time.perf_counter() - started
-        return RefitReport(request.reward_version, folder, loss, accuracy, seconds)
+        return RefitReport(request.reward_version, folder, loss, accuracy, seconds, figures)
 
-    def _train_epochs(self, engine: TrainingEngine, request: RefitRequest, training: RewardTraining) -> float:
-        """Mean loss of the last epoch's pairs, each taken when it was trained on."""
-        num_pairs = len(request.indices)
-        batches = epoch_batches(num_pairs, training.batch_size, training.num_epochs, request.seed)
-        last_epoch = len(batches) - len(batches) // training.num_epochs
-        loss = 0.0
-        for step, batch in enumerate(batches):
-            weights = None if request.weights is None else request.weights[batch]
-            batch_loss = self._train_batch(engine, request.indices[batch], weights, training)
-            engine.step(cosine_factor(step, len(batches)))
-            self._progress = (step + 1, len(batches))
-            if step >= last_epoch:
-                loss += batch_loss * len(batch) / num_pairs
-        return loss
+    def _member(self, request: RefitRequest, training: RewardTraining, data: FitData, number: int) -> RewardFit:
+        correction, seed = self.config.correction, request.seed + MEMBER_SEEDS * number
+        uses_groups = data.groups is not None
+        meta = correction.metarm if uses_groups and correction.strategy == "metarm" else None
+        views = correction.rlp_uml if uses_groups and correction.strategy == "rlp_uml" else None
+        return RewardFit(self.config, training, data, seed, meta, views)
 
-    def _train_batch(
-        self, engine: TrainingEngine, pairs: IntArray, weights: FloatArray | None, training: RewardTraining
-    ) -> float:
-        """Accumulate the gradient of one optimiser batch of pairs; returns its mean loss."""
-        chunks = length_chunks(self._lengths[pairs], training.micro_batch_size, training.micro_batch_tokens)
+    def _data(self, request: RefitRequest) -> FitData:
+        """The request's pairs, the extra ones behind those of the run, and its groups if any has two responses."""
+        train, indices, weights = self._train, request.indices, request.weights
+        if request.extra_pairs:
+            train = self._table([*self._sequences, *chain.from_iterable(request.extra_pairs)])
+            indices = np.concatenate([indices, np.arange(len(self._train) // 2, len(train) // 2)])
+            assert weights is None, "extra pairs come without weights"
+        groups = ResponseGroups(request.groups, self._tokenizer.pad_token_id, self.config.share_prompts)
+        return FitData(train, indices, weights, self._heldout, groups if len(groups) else None)
 
-        def loss_of(chunk: list[int]) -> torch.Tensor:
-            batch = self._train.batch(pair_rows(pairs[chunk])).to(engine.device)
-            part = None if weights is None else torch.from_numpy(weights[chunk]).to(engine.device)
-            return weighted_pair_loss(last_token_scores(engine.forward, batch), part, len(pairs))
-
-        return engine.accumulate(chunks, loss_of)
+    def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
+        return SequenceTable(sequences, self._tokenizer.pad_token_id, self.config.share_prompts)

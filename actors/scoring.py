@@ -14,7 +14,7 @@ from actors.training_engine import start_process, training_device
 from actors.weight_transport import WeightReader
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
-from ocrm_ray.networks import load_causal_lm, load_tokenizer, row_sums, table_logprobs
+from ocrm_ray.networks import load_causal_lm, load_tokenizer, row_log_weights, row_sums, table_logprobs
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
 from ocrm_ray.reward_learning import pair_rows, pair_table
@@ -73,11 +73,16 @@ class ScoringActor:
         if weights is None:
             network, temperature = self._behaviour, self.config.pairs.temperature
         else:
-            if weights.version not in self._snapshots:
-                self.load_snapshot(weights)
-            network, temperature = self._snapshots[weights.version], self.config.rollout.temperature
+            network, temperature = self._snapshot(weights), self.config.rollout.temperature
         sums = row_sums(network, self._pairs, pair_rows(indices), temperature, self.config.pools.scoring)
-        return np.ascontiguousarray(sums.view(2, -1).T.numpy())
+        return _by_pair(sums)
+
+    def pair_alignments(self, weights: PolicyWeights, indices: IntArray) -> FloatArray:
+        """As the protocol says: float32 [N, 2]."""
+        network, temperature = self._snapshot(weights), self.config.rollout.temperature
+        return _by_pair(
+            row_log_weights(network, self._pairs, pair_rows(indices), temperature, self.config.pools.scoring)
+        )
 
     def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
         """Load a snapshot beside the live anchor; one that is held already is shared, not copied."""
@@ -93,6 +98,11 @@ class ScoringActor:
         if (staged := self._anchors.get(promotion_id, live)) is not live:
             self._anchors = {LIVE: staged, promotion_id: staged}
         self._snapshots.clear()
+
+    def _snapshot(self, weights: PolicyWeights) -> Any:
+        if weights.version not in self._snapshots:
+            self.load_snapshot(weights)
+        return self._snapshots[weights.version]
 
     def _load(self, path: str) -> Any:
         dtype = self.config.pools.scoring.dtype
@@ -117,3 +127,8 @@ class ScoringActor:
         """Pairs of unknown origin are weighted as if the SFT model had written them, where that is allowed."""
         origin = self.config.pairs.behaviour
         return self._sft if origin in ("sft", "unknown") else self._load(origin)
+
+
+def _by_pair(values: torch.Tensor) -> FloatArray:
+    """[2N] in the order of ``pair_rows`` as [N, 2]."""
+    return np.ascontiguousarray(values.view(2, -1).T.numpy())

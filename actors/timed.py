@@ -134,6 +134,8 @@ class TimedScorer(TimedActor):
         await self._take("ratios", self._rehearsal.ratio_s * len(indices) / NUM_PAIRS)
         return np.zeros((len(indices), 2), dtype=np.float32)
 
+    pair_alignments = pair_logprobs
+
 
 class TimedServer(TimedActor):
     """``RewardServer``."""

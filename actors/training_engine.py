@@ -108,6 +108,11 @@ class TrainingEngine:
         return engine
 
     @property
+    def module(self) -> Any:
+        """The module without DeepSpeed around it: what ``gradients`` differentiates. Not for ZeRO 3."""
+        return self._module
+
+    @property
     def network(self) -> Any:
         """The Hugging Face network inside."""
         return self._module.network
@@ -124,11 +129,44 @@ class TrainingEngine:
             total += loss.detach().to(self.device)
         return total.item()
 
+    def gradients(self, parts: Seq[Part], loss_of: Callable[[Part], Tensor]) -> list[Tensor]:
+        """Of the parts' summed losses, from ``module``, by every parameter, in float32; nothing else changes."""
+        parameters = list(self._module.parameters())
+        totals = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+        for part in parts:
+            for total, found in zip(totals, torch.autograd.grad(loss_of(part), parameters), strict=True):
+                total += found
+        return totals
+
+    @contextlib.contextmanager
+    def moved(self, moves: Seq[Tensor]) -> Iterator[None]:
+        """Inside, every weight has been moved; after it, each is bit for bit what it was. Not for ZeRO 3."""
+        parameters = list(self._module.parameters())
+        kept = [parameter.detach().clone() for parameter in parameters]
+        try:
+            for parameter, move in zip(parameters, moves, strict=True):
+                parameter.data.copy_(parameter.data.float() + move)
+            yield
+        finally:
+            for parameter, old in zip(parameters, kept, strict=True):
+                parameter.data.copy_(old)
+
+    def second_moments(self) -> list[Tensor] | None:
+        """AdamW's, by parameter; None before the first step of a fresh optimiser."""
+        if not self._has_moments:
+            return None
+        if self._settings.is_plain:
+            return [self._engine.basic_optimizer.state[p]["exp_avg_sq"] for p in self._module.parameters()]
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return [safe_get_full_optimizer_state(p, "exp_avg_sq") for p in self._module.parameters()]
+
     def step(self, factor: float) -> float:
         """Clip, update at ``factor`` times the learning rate, clear; returns the gradient norm before clipping.
 
         RunError where the gradient is not finite: DeepSpeed would skip the step and say nothing.
         """
+        self._has_moments = True
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = factor * self._settings.learning_rate
         if self._settings.is_plain:
@@ -144,6 +182,7 @@ class TrainingEngine:
     def reset_optimizer(self) -> None:
         """Forget the optimiser's moments, as if the engine had just been made of the present weights."""
         self._engine.basic_optimizer.state.clear()
+        self._has_moments = False
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[dict[str, Tensor]]:

@@ -113,17 +113,21 @@ def _end_without_owner(engine: psutil.Process, owner_pid: int) -> None:
 
 @contextlib.contextmanager
 def no_queue_left(engine_pid: int) -> Iterator[None]:
-    """Delete the shared memory of the queues between an engine and its workers; the body ends these processes.
+    """Delete shared memory and semaphores of an engine and its workers; the body ends these processes.
 
     Python's resource tracker does it as well, unless it is killed with the rest, as Ray does with an actor's children.
     """
-    mapped: set[Path] = set()
-    with contextlib.suppress(psutil.NoSuchProcess):
+    inodes: set[str] = set()
+    with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
         engine = psutil.Process(engine_pid)
         for process in (engine, *engine.children(recursive=True)):
-            mapped |= {Path(region.path) for region in process.memory_maps()}
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            # by inode: what is mapped of a semaphore is the name that it was given first
+            inodes |= {line.split()[4] for line in lines if f" {SHARED_MEMORY}/" in line}
     yield
-    for path in mapped:
-        # the names that Python gives to shared memory and to semaphores
-        if path.parent == SHARED_MEMORY and path.name.startswith(("psm_", "sem.")):
-            path.unlink(missing_ok=True)
+    # the names that Python gives to shared memory and to semaphores
+    named = [path for kind in ("psm_*", "sem.mp-*") for path in SHARED_MEMORY.glob(kind)]
+    for path in named:
+        with contextlib.suppress(FileNotFoundError):
+            if str(path.stat().st_ino) in inodes:
+                path.unlink()

@@ -21,7 +21,7 @@ def contradictions(config: RunConfig) -> list[Problem]:
     """Settings that cannot stand together, all of them."""
     return [
         Problem(path, _shown_setting(config, path), need, do)
-        for checks in (_sources, _pairs, _correction, _policy, _evaluation, _world)
+        for checks in (_sources, _pairs, _correction, _strategy, _policy, _evaluation, _world)
         for is_wrong, path, need, do in checks(config)
         if is_wrong
     ]
@@ -79,13 +79,14 @@ def _pairs(config: RunConfig) -> Checks:
         num_responses = 2 * pairs.num_pairs
         need = f"at most {num_responses}, the responses of pairs.num_pairs {pairs.num_pairs}"
         yield config.reward.num_calibration > num_responses, "reward.num_calibration", need, "lower it"
-    if correction.strategy == "ocrm":
+    if correction.strategy in ("ocrm", "shuffled"):
+        strategy = f"correction.strategy {correction.strategy}"
         is_unknown = pairs.ready is not None and pairs.behaviour == "unknown" and not pairs.allow_unknown_behaviour
         do = "name it, set pairs.allow_unknown_behaviour: true, or use strategy refit"
-        yield is_unknown, "pairs.behaviour", "the model that wrote the pairs, for correction.strategy ocrm", do
+        yield is_unknown, "pairs.behaviour", f"the model that wrote the pairs, for {strategy}", do
         for name, sampling in (("pairs", pairs), ("rollout", config.rollout)):
             for key, value, off in (("top_p", sampling.top_p, 1), ("top_k", sampling.top_k, 0)):
-                need = f"{off} with correction.strategy ocrm: the ratio of truncated sampling is biased"
+                need = f"{off} with {strategy}: the ratio of truncated sampling is biased"
                 yield value != off, f"{name}.{key}", need, f"set it to {off}, or use strategy refit"
 
 
@@ -103,6 +104,34 @@ def _correction(config: RunConfig) -> Checks:
     is_wrong = correction.strategy != "none" and correction.rm_init == "sft" and config.world is not None
     need = "base or previous: the world's reward model is smaller than its SFT model"
     yield is_wrong, "correction.rm_init", need, "change it"
+
+
+def _strategy(config: RunConfig) -> Checks:
+    strategy, synthetic, ensemble = config.correction.strategy, config.correction.rlp_spg, config.reward.ensemble
+    learns_from_rollouts = strategy in ("metarm", "rlp_spg", "rlp_uml", "relabel")
+    need = f"at least 2: correction.strategy {strategy} learns from what a prompt's responses differ in"
+    is_wrong = learns_from_rollouts and config.rollout.samples_per_prompt < 2
+    yield is_wrong, "rollout.samples_per_prompt", need, "raise it, or use another strategy"
+    is_wrong = strategy in ("metarm", "rlp_uml") and config.policy.zero_stage == 3
+    yield is_wrong, "policy.zero_stage", f"0 to 2 with correction.strategy {strategy}", "lower it"
+    is_wrong = strategy == "relabel" and config.gold is None and config.world is None
+    yield is_wrong, "correction.strategy", "a gold reward for fresh labels", "set gold, or use another strategy"
+    needs_model = synthetic.clusterer != "exact"
+    need, do = f"a model for clusterer {synthetic.clusterer}", "name it, or use clusterer exact"
+    yield needs_model and synthetic.model is None, "correction.rlp_spg.model", need, do
+    need, do = "nothing with clusterer exact", "remove it, or change the clusterer"
+    yield not needs_model and synthetic.model is not None, "correction.rlp_spg.model", need, do
+    offline = config.policy.is_offline
+    need, do = f"none with policy.algorithm {config.policy.algorithm}: it uses no reward model", "set it to none"
+    yield offline and strategy != "none", "correction.strategy", need, do
+    need, do = "sft or unknown: the offline policy is compared with its start", "change it, or use another algorithm"
+    yield offline and config.pairs.behaviour not in ("sft", "unknown"), "pairs.behaviour", need, do
+    is_several = ensemble.num_members > 1
+    need, do = "nothing beside reward.ensemble: its members are trained", "remove it, or set num_members: 1"
+    yield is_several and config.reward.ready is not None, "reward.ready", need, do
+    is_wrong = not is_several and ensemble.aggregate == "mean_minus_variance"
+    need = "at least 2: one member has no variance"
+    yield is_wrong, "reward.ensemble.num_members", need, "raise it, or change the aggregate"
 
 
 def _policy(config: RunConfig) -> Checks:

@@ -155,6 +155,15 @@ class RewardTraining(Section):
     max_grad_norm: PositiveFloat = 1.0
 
 
+class Ensemble(Section):
+    """Several reward models that differ by seed alone stand for one (arXiv 2310.02743)."""
+
+    num_members: PositiveInt = 1
+    aggregate: Literal["mean", "worst", "mean_minus_variance"] = "mean"
+    """Of the members' scores, each first brought to the calibration set's mean and common spread."""
+    variance_coefficient: NonNegativeFloat = 0.1
+
+
 class Reward(Section):
     """The first reward model."""
 
@@ -167,6 +176,7 @@ class Reward(Section):
     """SFT responses on which every reward model is re-centred to mean 0."""
     scale: Literal["none", "calibration_std"] = "none"
     """Whether the score is also divided by its spread on the calibration set."""
+    ensemble: Ensemble = Ensemble()
 
 
 class MissingEosPenalty(Section):
@@ -197,10 +207,22 @@ class Rollout(Section):
     """``mask`` leaves responses without EOS out of the loss."""
 
 
+class DirectPreference(Section):
+    """DPO and WPO: the policy learns from the preference pairs alone, without rollouts and reward model."""
+
+    beta: PositiveFloat = 0.05
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share of swapped labels."""
+    pairs_per_step: PositiveInt = 128
+    """Training pairs of an update; each epoch takes all, in a new order."""
+
+
 class Policy(Section):
     """One policy update."""
 
-    algorithm: Literal["ppo", "rloo", "grpo"] = "rloo"
+    algorithm: Literal["ppo", "rloo", "grpo", "dpo", "wpo"] = "rloo"
+    """``dpo`` and ``wpo`` are the offline baselines on the same pairs: nothing is corrected."""
+    direct: DirectPreference = DirectPreference()
     num_updates: PositiveInt = 140
     """Policy updates of the whole run."""
     learning_rate: PositiveFloat = 1e-4
@@ -239,6 +261,11 @@ class Policy(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage of policy, critic and refit."""
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether it learns from the preference pairs alone."""
+        return self.algorithm in ("dpo", "wpo")
+
 
 class Weights(Section):
     """Importance weights of preference pairs, w = exp(m * (ell(chosen) + ell(rejected)))."""
@@ -249,17 +276,64 @@ class Weights(Section):
     """Of the relative density ratio; 0: the plain ratio."""
     m: Share = 1.0
     """Exponent; 1: the full weight, 0: none."""
+    target_ess: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Lower m at each refit until the weights' effective sample size is this share of its pairs; null: m stays."""
     clip: PositiveFloat | None = None
     """Largest weight, before normalisation; null: no clip."""
     normalise: bool = True
     """Divide by the mean weight over the pairs of the refit."""
 
 
+class MetaStep(Section):
+    """MetaRM (arXiv 2405.00438): every gradient of the pair loss is taken at weights that were first moved towards a
+    wider spread of the rewards of on-policy responses."""
+
+    eta: NonNegativeFloat = 1e-2
+    """Length of the move; 0: none."""
+    step: Literal["sgd", "normalised", "preconditioned"] = "normalised"
+    """eta times the gradient; that over its norm; that over the square root of the optimiser's second moments."""
+    num_prompts: PositiveInt = 16
+    """Prompts, all their responses, that a move is made for."""
+
+
+class SyntheticPairs(Section):
+    """RLP's synthetic preferences (arXiv 2403.19279): the best of a prompt's largest cluster against one outside."""
+
+    clusterer: Literal["exact", "encoder", "nli"] = "exact"
+    """Responses mean the same if they are equal, their sentence embeddings close, or a model of inference says so."""
+    model: str | None = None
+    """Of ``encoder`` or ``nli``: a Hub name or a folder."""
+    merge_rule: Literal["entail_both", "no_contradiction"] = "entail_both"
+    """``nli``: each response follows from the other, or neither contradicts it."""
+    similarity: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """``encoder``: least cosine."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Least share of the largest cluster; prompts below it give no pair."""
+
+
+class RepresentationLoss(Section):
+    """RLP's representation loss (arXiv 2403.19279): two responses to one prompt are views of one thing."""
+
+    coefficient: NonNegativeFloat = 0.5
+    latent_size: PositiveInt = 32
+    num_prompts: PositiveInt = 64
+    """Prompts, two of their responses each, of every optimiser batch."""
+    learning_rate: PositiveFloat = 1e-3
+    """Of the networks that are dropped afterwards."""
+
+
 class Correction(Section):
     """The refit of the reward model for the policy's present distribution."""
 
-    strategy: Literal["none", "refit", "ocrm"] = "ocrm"
-    """``none`` keeps the RM; ``refit`` trains it again without weights; ``ocrm`` with importance weights."""
+    strategy: Literal["none", "refit", "ocrm", "shuffled", "wpo_bt", "metarm", "rlp_spg", "rlp_uml", "relabel"] = "ocrm"
+    """``none`` keeps the RM; ``refit`` trains it again without weights, the others with: ``ocrm`` importance weights,
+    ``shuffled`` the same ones permuted (the placebo), ``wpo_bt`` WPO's weights, ``metarm`` moves, ``rlp_spg`` synthetic
+    pairs beside the old ones, ``rlp_uml`` a representation loss, ``relabel`` fresh gold labels (the upper bound)."""
+    rollout_prompts: PositiveInt = 512
+    """The latest prompts trained on: their responses are what metarm, rlp_spg, rlp_uml and relabel learn from."""
+    metarm: MetaStep = MetaStep()
+    rlp_spg: SyntheticPairs = SyntheticPairs()
+    rlp_uml: RepresentationLoss = RepresentationLoss()
     every: PositiveInt = 10
     """k: a correction falls due every so many policy updates."""
     schedule: Literal["overlapped", "blocking"] = "overlapped"
@@ -280,6 +354,11 @@ class Correction(Section):
     """PPO only: start the critic again from the promoted RM, or keep it."""
     reset_optimizer: bool = False
     """Fresh policy optimiser and learning-rate schedule at promotion."""
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether every correction scores the pairs under the policy's snapshot."""
+        return self.strategy in ("ocrm", "shuffled", "wpo_bt")
 
 
 class Probe(Section):

@@ -63,13 +63,16 @@ class Coordinator:
         """All updates. Raises the first failing task's own error."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                # two scoring pumps: the next message is with the actors before they have answered this one
-                work = self.pump.issue(tasks), self.pump.score(), self.pump.score()
-                pumps = [tasks.create_task(pump) for pump in work]
+                pumps = self._pumps(tasks)
                 await self._optimise(tasks)
                 self._abandon(pumps)
         except BaseExceptionGroup as group:
             raise first_cause(group) from group
+
+    def _pumps(self, tasks: asyncio.TaskGroup) -> "list[asyncio.Task[None]]":
+        # two scoring pumps: the next message is with the actors before they have answered this one
+        work = self.pump.issue(tasks), self.pump.score(), self.pump.score()
+        return [tasks.create_task(pump) for pump in work]
 
     async def _optimise(self, tasks: asyncio.TaskGroup) -> None:
         await self.publisher.start(self.data.probe)
@@ -80,6 +83,7 @@ class Coordinator:
             batch = await self.scorer.refresh(rollouts)
             with self.step_clock.timed(TRAIN):
                 update = await self.pools.policy.update(batch)
+            self.corrector.on_policy.add(batch)
             await self._publish(tasks, update.version)
             await self._promote(step)
             await self._correct(tasks, step)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ocrm_ray.algorithm.importance import weight_statistics
 from ocrm_ray.config import RunConfig
+from ocrm_ray.on_policy import OnPolicyResponses
 from ocrm_ray.pools import Pools
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, RefitRequest
 from ocrm_ray.rollout_buffer import RolloutBuffer
@@ -54,6 +55,7 @@ class Corrector:
     def __post_init__(self) -> None:
         self.settings = self.config.correction
         self.strategy = make_strategy(self.settings)
+        self.on_policy = OnPolicyResponses(self.config, self.pools.evaluator, self.strategy, self.emit)
         self._is_near = asyncio.Event()
 
     def near(self) -> None:
@@ -72,9 +74,11 @@ class Corrector:
     async def _prepare(self, snapshot: PolicyWeights) -> Candidate:
         started, num_finished = time.monotonic(), self.buffer.num_finished
         promotion_id = f"snapshot-{snapshot.version}"
+        material = await self.on_policy.material(snapshot.version)
         indices = self._draw_pairs(snapshot.version)
         weights, ess_fraction = await self._weights(snapshot, indices)
-        refit = await self._refit(indices, weights, snapshot.version)
+        request = RefitRequest(self.scorer.live.reward_version + 1, indices, weights, self.config.seed, *material)
+        refit = await self._refit(request, snapshot.version) if self.strategy.refits else None
         versions = await self._stage(promotion_id, snapshot, refit)
         seconds = time.monotonic() - started
         return Candidate(promotion_id, snapshot.version, num_finished, versions, seconds, ess_fraction)
@@ -112,18 +116,20 @@ class Corrector:
     async def _weights(self, snapshot: PolicyWeights, indices: IntArray) -> tuple[FloatArray | None, float | None]:
         if self.strategy.log_weights is None:
             return None, None
-        assert self.pairs.behaviour_logprobs is not None, "ratios need log-probs under who wrote the pairs"
-        policy_logprobs = await self.pools.scoring.pair_logprobs(snapshot, indices)
-        log_weights = self.strategy.log_weights(policy_logprobs, self.pairs.behaviour_logprobs[indices])
+        behaviour = self.pairs.behaviour_logprobs
+        match self.strategy.measure:
+            case "alignments":
+                measured = await self.pools.scoring.pair_alignments(snapshot, indices)
+            case _:
+                measured = await self.pools.scoring.pair_logprobs(snapshot, indices)
+        old = None if behaviour is None else behaviour[indices]
+        log_weights = self.strategy.log_weights(measured, old, self.config.seed + snapshot.version)
         statistics = weight_statistics(log_weights)
         self.emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **statistics)
         return log_weights.exp().float().numpy(), statistics["ess_fraction"]
 
-    async def _refit(self, indices: IntArray, weights: FloatArray | None, snapshot_version: int) -> RefitReport | None:
-        if not self.strategy.refits:
-            return None
-        reward_version = self.scorer.live.reward_version + 1
-        refit = await self.pools.reward.refit(RefitRequest(reward_version, indices, weights, self.config.seed))
+    async def _refit(self, request: RefitRequest, snapshot_version: int) -> RefitReport:
+        refit = await self.pools.reward.refit(request)
         self.emit(
             "refit_finished",
             snapshot_version=snapshot_version,
@@ -131,6 +137,7 @@ class Corrector:
             loss=refit.loss,
             heldout_accuracy=refit.heldout_accuracy,
             refit_s=refit.seconds,
+            **refit.figures,
         )
         return refit
 

@@ -69,7 +69,7 @@ def rehearsed_cost(config: RunConfig) -> StepCost | None:
         "train": rehearsal.train.mean_s(num_prompts),
         "publish": rehearsal.publish_s,
     }
-    ratio_s = rehearsal.ratio_s if correction.strategy == "ocrm" else 0.0
+    ratio_s = rehearsal.ratio_s if correction.scores_pairs else 0.0
     return StepCost("from rehearsal", stages, _step_s(config, stages), ratio_s, rehearsal.refit_s)
 
 
@@ -143,9 +143,10 @@ def _correction_s(config: RunConfig, sizes: NetworkSizes, length: int) -> tuple[
     if correction.strategy == "none" or num_pairs is None:
         return None, None
     tokens = 2.0 * num_pairs * length
-    ratio = 2.0 * sizes.policy * tokens if correction.strategy == "ocrm" else 0.0
+    ratio = 2.0 * sizes.policy * tokens if correction.scores_pairs else 0.0
     calibration = 2.0 * sizes.reward * config.reward.num_calibration * length
     refit = 6.0 * sizes.reward * tokens * correction.training.num_epochs + calibration
+    refit *= config.reward.ensemble.num_members
     one_refit = config.pools.reward.model_copy(update={"num_actors": 1})
     return ratio / _speed(config.pools.scoring), refit / _speed(one_refit)
 

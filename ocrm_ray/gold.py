@@ -158,14 +158,14 @@ class SimilarityScorer(_ModelScorer):
             do = "add a column output, reference or response, or use another gold"
             raise mistake("gold.kind", got, "a reference response for every prompt", do)
         new = [reference for reference in dict.fromkeys(known) if reference not in self._references]
-        self._references.update(zip(new, self._embed(new), strict=True))
+        self._references.update(zip(new, self.embed(new), strict=True))
         return [
             float(embedding @ self._references[reference]) - self._penalty * repeated_trigram_share(response)
-            for response, reference, embedding in zip(responses, known, self._embed(responses), strict=True)
+            for response, reference, embedding in zip(responses, known, self.embed(responses), strict=True)
         ]
 
     @torch.inference_mode()
-    def _embed(self, texts: list[str]) -> list[torch.Tensor]:
+    def embed(self, texts: list[str]) -> list[torch.Tensor]:
         """Unit vectors: the mean of the last hidden states over the attention mask, divided by its length."""
         embeddings: list[torch.Tensor] = []
         for part in self._parts(len(texts)):

@@ -72,7 +72,7 @@ def memory_gib(config: RunConfig, sizes: NetworkSizes) -> dict[str, float]:
     logits = 2 * 4 * min(config.policy.micro_batch_tokens * sizes.vocabulary, MAX_LOGITS)
     training_share = pools.policy.num_actors if config.policy.zero_stage else 1
     bytes_of = {name: DTYPE_BYTES[pool.dtype] for name, pool in config.pools}
-    num_rewards = 2 if config.correction.strategy == "none" else 3
+    num_rewards = (2 if config.correction.strategy == "none" else 3) * config.reward.ensemble.num_members
     networks = {
         "generation": 3 * bytes_of["generation"] * sizes.policy + pools.generation.kv_cache_gib * GIB,
         "policy": TRAINING_BYTES * (sizes.policy + critic) / training_share + logits,

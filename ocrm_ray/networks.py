@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs, sequence_logprobs
+from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs, log_collision, sequence_logprobs, token_entropy
+from ocrm_ray.algorithm.wpo import response_log_weights
 from ocrm_ray.attention import use_products
 from ocrm_ray.batches import PaddedBatch, SequenceTable, cut_rows
 from ocrm_ray.config import Dtype, Pool
@@ -37,8 +38,8 @@ class ScalarHead(nn.Linear):
 class CausalModel(nn.Module):
     """A causal language model that is asked only how likely responses are: [B, L, V] logits never exist.
 
-    ``forward``: a batch -> (log-probs of the response tokens, entropy of the distribution behind each), float32 [B, T],
-    0 behind the end of each response; the entropy is without gradient, and None unless asked for.
+    ``forward``: a batch -> (log-probs of the response tokens, entropy or log collision probability of the distribution
+    behind each), float32 [B, T], 0 behind the end of each response; the latter without gradient, None unless asked for.
     """
 
     def __init__(self, network: Any) -> None:
@@ -46,15 +47,18 @@ class CausalModel(nn.Module):
         self.network = network
 
     def forward(
-        self, batch: PaddedBatch, temperature: float, with_entropy: bool = False
+        self, batch: PaddedBatch, temperature: float, with_entropy: bool = False, *, with_collisions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        assert not (with_entropy and with_collisions)
+        statistic = token_entropy if with_entropy else log_collision if with_collisions else None
         places, tokens = batch.response_tokens()
         hidden = _hidden_states(self.network, batch).flatten(0, 1).index_select(0, places)
         num_rows = max(1, MAX_LOGITS // self.network.config.get_text_config().vocab_size)
-        logprobs, entropy = head_logprobs(self.logits, hidden, tokens, temperature, num_rows, with_entropy=with_entropy)
+        logprobs, statistics = head_logprobs(self.logits, hidden, tokens, temperature, num_rows, statistic=statistic)
         mask = batch.response_mask
         zeros = torch.zeros(mask.shape, device=mask.device)
-        return zeros.masked_scatter(mask, logprobs), None if entropy is None else zeros.masked_scatter(mask, entropy)
+        logprobs = zeros.masked_scatter(mask, logprobs)
+        return logprobs, None if statistics is None else zeros.masked_scatter(mask, statistics)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head's logits, scaled and capped as the architecture's configuration says."""
@@ -71,7 +75,8 @@ class ScalarModel(nn.Module):
     """A causal sequence-classification network with one label, read at every token: reward model or critic.
 
     Hugging Face reads the score in front of the first padding token, which is the wrong place where padding and
-    EOS share an id; here the caller says which token counts. ``forward``: R rows of L tokens -> float32 [R * L].
+    EOS share an id; here the caller says which token counts. ``forward``: R rows of L tokens -> float32 [R * L], or
+    with ``states`` the hidden states that are scored, [R * L, H].
     """
 
     def __init__(self, network: Any) -> None:
@@ -81,8 +86,11 @@ class ScalarModel(nn.Module):
         network.score.load_state_dict(head.state_dict())
         self.network = network
 
-    def forward(self, batch: PaddedBatch) -> Tensor:
-        scores: Tensor = self.network.score(_hidden_states(self.network, batch))
+    def forward(self, batch: PaddedBatch, states: bool = False) -> Tensor:
+        hidden = _hidden_states(self.network, batch)
+        if states:
+            return hidden.flatten(0, 1)
+        scores: Tensor = self.network.score(hidden)
         return scores.flatten()
 
 
@@ -197,6 +205,12 @@ def load_reward_model(
     return model
 
 
+def reward_members(path: str | Path) -> list[str]:
+    """Folders of the reward models at ``path``: an ensemble's members in order, or itself."""
+    members = sorted(Path(path).glob("member-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+    return [str(member) for member in members] or [str(path)]
+
+
 def checkpoint_layers(model: nn.Module) -> None:
     """Let each decoder layer keep its input alone, and compute the rest again in the backward pass.
 
@@ -244,6 +258,12 @@ def last_token_scores(model: Any, batch: PaddedBatch) -> Tensor:
     return scores[batch.last_places]
 
 
+def last_token_states(model: Any, batch: PaddedBatch) -> Tensor:
+    """[B, H]: the hidden states that a reward model scores."""
+    states: Tensor = model(batch, True)
+    return states[batch.last_places]
+
+
 def response_values(model: Any, batch: PaddedBatch) -> Tensor:
     """Float32 [B, T]: a critic's values of the states in which the response tokens were chosen, 0 past the end."""
     values: Tensor = model(batch)
@@ -269,6 +289,16 @@ def row_sums(model: Any, table: SequenceTable, rows: IntArray, temperature: floa
         return sequence_logprobs(response_logprobs(model, batch, temperature), batch.response_mask)
 
     return torch.stack(_each(model, table, rows, pool, sums))
+
+
+def row_log_weights(model: Any, table: SequenceTable, rows: IntArray, temperature: float, pool: Pool) -> Tensor:
+    """WPO's log-weight of the response of each of table rows ``rows`` [N], float32 [N] on the CPU."""
+
+    def log_weights(batch: PaddedBatch) -> Tensor:
+        logprobs, collisions = model(batch, temperature, with_collisions=True)
+        return response_log_weights(logprobs, collisions, batch.response_mask)
+
+    return torch.stack(_each(model, table, rows, pool, log_weights))
 
 
 def table_scores(model: Any, table: SequenceTable, pool: Pool) -> Tensor:

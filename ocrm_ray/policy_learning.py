@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from ocrm_ray.algorithm.advantages import gae, grpo_advantages, rloo_advantages, shaped_rewards, whiten
+from ocrm_ray.algorithm.direct_preference import direct_preference_losses, implicit_margins
+from ocrm_ray.algorithm.logprobs import sequence_logprobs
 from ocrm_ray.algorithm.policy_loss import clipped_policy_loss, clipped_value_loss, kl_terms, truncated_weights
+from ocrm_ray.algorithm.wpo import pair_log_weights, response_log_weights
 from ocrm_ray.batches import PaddedBatch, SequenceTable, pad_rows
 from ocrm_ray.config import MissingEosPenalty, Policy, Rollout
 from ocrm_ray.errors import RunError
@@ -206,6 +209,26 @@ def value_loss(values: Tensor, micro: MicroBatch, policy: Policy) -> Tensor:
     assert targets.returns is not None
     loss = clipped_value_loss(values, targets.values, targets.returns, targets.loss_mask, policy.value_clip_range)
     return micro.share * loss
+
+
+def preference_loss(
+    logprobs: Tensor, collisions: Tensor | None, mask: Tensor, anchor: Tensor, policy: Policy
+) -> Tensor:
+    """DPO's loss summed over n pairs, with ``collisions`` WPO's.
+
+    ``logprobs``, ``collisions``, ``mask`` [2n, T]: of all chosen, then of all rejected; ``anchor`` [n, 2] summed.
+    """
+
+    def by_pair(values: Tensor) -> Tensor:
+        return values.view(2, -1).T
+
+    direct = policy.direct
+    margins = implicit_margins(by_pair(sequence_logprobs(logprobs, mask)), anchor, direct.beta)
+    weights = None
+    if collisions is not None:
+        responses = by_pair(response_log_weights(logprobs, collisions, mask))
+        weights = pair_log_weights(responses, cap=True).exp()
+    return direct_preference_losses(margins, direct.label_smoothing, weights).sum()
 
 
 def learning_rate_factor(update: int, policy: Policy, period: int) -> float:

@@ -17,6 +17,7 @@ from ocrm_ray.records import (
     GenerationRequest,
     IntArray,
     PolicyWeights,
+    Prompt,
     PublishReport,
     RefitReport,
     RefitRequest,
@@ -49,6 +50,10 @@ class PolicyPool(Protocol):
 
     async def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
         """One policy update, v -> v + 1. Refuses rollouts whose scores are not of the live RM and anchor."""
+
+    async def learn_pairs(self, indices: IntArray, anchor_logprobs: FloatArray) -> UpdateReport:
+        """One update, v -> v + 1, on training pairs ``indices`` [N], whose summed log-probs under the SFT model are
+        ``anchor_logprobs`` [N, 2]: DPO or WPO."""
 
     async def export_weights(self) -> PolicyWeights:
         """Copy the present weights to where engines and scorers can read them; later updates do not change them."""
@@ -83,6 +88,10 @@ class ScoringPool(Protocol):
     async def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
         """Summed log-probs [N, 2] of (chosen, rejected) of training pairs: under a snapshot at the rollout
         temperature, or with None under the behaviour model at the pairs' temperature."""
+
+    async def pair_alignments(self, weights: PolicyWeights, indices: IntArray) -> FloatArray:
+        """How typical of a snapshot the responses of training pairs are, [N, 2]: log-prob less the logarithm of the
+        chance that two draws agree, a mean over tokens, at the rollout temperature."""
 
     async def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
         """Load a snapshot beside the live anchor."""
@@ -121,6 +130,12 @@ class Evaluator(Protocol):
     ) -> tuple[EvaluationReport, list[dict[str, object]]]:
         """``samples[i]`` are the samples of evaluation prompt i, with their proxy scores and their log-probs under
         the SFT model and the anchor. Returns the report and the rows of samples.jsonl."""
+
+    async def gold_of(self, prompts: Seq[Prompt], sequences: Seq[Sequence]) -> list[float]:
+        """Gold scores [N] of the responses; ``prompts[i]`` is what ``sequences[i]`` answers."""
+
+    async def clusters(self, groups: Seq[Seq[Sequence]]) -> list[list[int]]:
+        """Which cluster each response of a group is in: those of one cluster say the same."""
 
 
 @dataclass(frozen=True, slots=True)

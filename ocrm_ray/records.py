@@ -1,6 +1,7 @@
 """What crosses process boundaries: frozen dataclasses over Python numbers and numpy arrays."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -120,20 +121,21 @@ class PolicyWeights:
 class UpdateReport:
     """One policy update. ``logprob_gap``: mean absolute difference, trainer (before the update) against sampler.
 
-    ``truncated_share``: of the loss tokens, those whose importance weight was cut at its cap.
+    ``truncated_share``: of the loss tokens, those whose importance weight was cut at its cap. None: of rollouts, and
+    the update had none.
     """
 
     version: int
     loss: float
-    kl_anchor: float
-    kl_sft: float
-    entropy: float
-    clip_share: float
+    kl_anchor: float | None
+    kl_sft: float | None
+    entropy: float | None
+    clip_share: float | None
     grad_norm: float
-    logprob_gap: float
+    logprob_gap: float | None
     seconds: float
     value_loss: float | None = None
-    truncated_share: float = 0.0
+    truncated_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,23 +156,29 @@ class PublishReport:
 
 @dataclass(frozen=True, slots=True)
 class RefitRequest:
-    """Refit the RM on training pairs ``indices`` [N] with ``weights`` [N] (None: uniform) to ``reward_version``."""
+    """Refit the RM on training pairs ``indices`` [N] with ``weights`` [N] (None: uniform) to ``reward_version``.
+
+    ``extra_pairs``: (chosen, rejected) beside those. ``groups``: on-policy responses to one prompt each, unlabelled.
+    """
 
     reward_version: int
     indices: IntArray
     weights: FloatArray | None
     seed: int
+    extra_pairs: tuple[tuple[Sequence, Sequence], ...] = ()
+    groups: tuple[tuple[Sequence, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RefitReport:
-    """A finished refit: its model folder, mean loss, accuracy on the held-out pairs."""
+    """A finished refit: its model folder, mean loss, accuracy on the held-out pairs; ``figures`` of its strategy."""
 
     reward_version: int
     path: Path
     loss: float
     heldout_accuracy: float
     seconds: float
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from ocrm_ray.config_file import dump_yaml
 from ocrm_ray.coordinator import Coordinator, TrainingData
 from ocrm_ray.correction import PairData
 from ocrm_ray.metrics import RunLog, StepRecord, summarise
+from ocrm_ray.offline import OfflineCoordinator
 from ocrm_ray.pools import Cluster, Show
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.progress import ProgressState
@@ -52,7 +53,8 @@ async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dic
     show(ProgressState(stage="start"))
     pools = await cluster.pools()
     with ShownRunLog(config.run_dir, config.policy.num_updates, show) as log:
-        await Coordinator(config, pools, training_data(config, stages), log, time.monotonic).run()
+        kind = OfflineCoordinator if config.policy.is_offline else Coordinator
+        await kind(config, pools, training_data(config, stages), log, time.monotonic).run()
     summary = summarise(config.run_dir)
     show(ProgressState(stage="report"))
     write_report(config.run_dir)

@@ -7,9 +7,11 @@ import math
 from collections.abc import Sequence as Seq
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ocrm_ray.algorithm.reward_scores import bradley_terry_loss
+from ocrm_ray.algorithm.reward_spread import reward_spread
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.preferences import Pair
 from ocrm_ray.records import IntArray, Sequence
@@ -66,3 +68,32 @@ def pair_accuracy(scores: Tensor) -> float:
 def calibration_sequences(pairs: Seq[Pair], num_sequences: int) -> list[Sequence]:
     """The frozen calibration set: responses of the first pairs, interleaved, at most ``num_sequences``."""
     return interleaved(pairs[: (num_sequences + 1) // 2])[:num_sequences]
+
+
+class ResponseGroups:
+    """The different responses to each prompt, of prompts with two at least, as ``table`` in the order of groups."""
+
+    def __init__(self, groups: Seq[Seq[Sequence]], pad_id: int, share_prompts: bool) -> None:
+        different = [list(dict.fromkeys(group)) for group in groups]
+        kept = [group for group in different if len(group) > 1]
+        self.table = SequenceTable([sequence for group in kept for sequence in group], pad_id, share_prompts)
+        ends = np.cumsum([len(group) for group in kept])
+        self._rows = np.split(np.arange(len(self.table)), ends[:-1])[: len(kept)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def draw(self, num_groups: int, rng: np.random.Generator) -> list[IntArray]:
+        """Table rows of each of ``num_groups`` groups, or of all there are."""
+        return [self._rows[number] for number in rng.permutation(len(self))[:num_groups]]
+
+    def draw_views(self, num_groups: int, rng: np.random.Generator) -> IntArray:
+        """Table rows [2n]: one response of each drawn group, then another of each."""
+        views = np.array([rng.permutation(rows)[:2] for rows in self.draw(num_groups, rng)], dtype=np.int64)
+        return views.T.reshape(-1)
+
+
+def group_spread(scores: Tensor, groups: Seq[IntArray]) -> Tensor:
+    """MetaRM's J, summed over groups: ``scores`` [N] of all their responses, in order."""
+    parts = torch.split(scores, [len(group) for group in groups])
+    return torch.stack([reward_spread(part[None]) for part in parts]).sum()

@@ -101,13 +101,14 @@ class StagePaths:
 def stage_paths(config: RunConfig) -> StagePaths:
     """The paths that follow from a configuration; nothing needs to exist yet."""
     root, world = config.stage_root, config.world is not None
+    num_members = config.reward.ensemble.num_members
     sft = config.sft.ready or str(root / "sft")
     return StagePaths(
         root=root,
         policy_base=str(root / "world" / "policy") if world else (config.sft.base or sft),
         sft=sft,
         reward_base=str(root / "world" / "reward") if world else (config.reward.base or sft),
-        reward=config.reward.ready or str(root / "reward"),
+        reward=config.reward.ready or str(root / ("reward" if num_members == 1 else f"reward-{num_members}")),
     )
 
 
@@ -131,8 +132,8 @@ class Stages:
             ("data", True, self._data),
             ("sft", config.sft.ready is None, lambda _: self.cluster.train_sft(self.show)),
             ("pairs", True, self._pairs),
-            ("reward", config.reward.ready is None, lambda _: self.cluster.train_reward(self.show)),
-            ("logprobs", make_strategy(config.correction).needs_ratios, self._logprobs),
+            (Path(self.paths.reward).name, config.reward.ready is None, lambda _: self.cluster.train_reward(self.show)),
+            ("logprobs", self._needs_logprobs, self._logprobs),
         ]
         for name, is_needed, work in stages:
             folder = self.folder(name)
@@ -142,6 +143,10 @@ class Stages:
                 facts = await work(folder.path)
                 folder.finish(**facts)
                 logger.info("stage %s is done: %s", name, facts)
+
+    @property
+    def _needs_logprobs(self) -> bool:
+        return self.config.policy.is_offline or make_strategy(self.config.correction).needs_ratios
 
     def _inputs(self, name: str) -> dict[str, object]:
         """What a stage's result depends on: its own settings, the files it reads, and the stages before it."""
@@ -161,7 +166,7 @@ class Stages:
                 sampler = (config.rollout.max_new_tokens, pools.generation.dtype, config.gold)
                 ready = file_fingerprint(config.pairs.ready.path) if config.pairs.ready else None
                 return {"pairs": config.pairs, "sampler": sampler, "read": ready, "sft": self.folder("sft").fingerprint}
-            case "reward":
+            case _ if name != "logprobs":
                 base = file_fingerprint(config.reward.base) if config.reward.base else None
                 own: object = (config.reward.training, base, pools.reward.dtype)
             case _:
@@ -224,7 +229,7 @@ class Stages:
         """What the last stage left; None where no ratio is needed."""
         from safetensors.numpy import load_file
 
-        if not make_strategy(self.config.correction).needs_ratios:
+        if not self._needs_logprobs:
             return None
         return load_file(self.paths.root / "logprobs" / "behaviour.safetensors")["logprobs"]
 

@@ -19,8 +19,10 @@ PUBLISHING = "publishing"
 METERED = {"generate": "generation", "score": ROLLOUT_SCORING, "publish": PUBLISHING}
 """Stages whose seconds are those with a request in flight."""
 WAITS = ("rollout_wait_s", "correction_wait_s", "publish_wait_s")
-_OF_UPDATE = ("loss", "kl_sft", "kl_anchor", "entropy", "clip_share", "grad_norm", "logprob_gap")
-_OF_UPDATE += ("truncated_share", "value_loss")
+_OF_UPDATE = (
+    *("loss", "kl_sft", "kl_anchor", "entropy", "clip_share", "grad_norm", "logprob_gap"),
+    *("truncated_share", "value_loss"),
+)
 
 
 class _Metered:
@@ -111,6 +113,11 @@ def step_record(
         rollout_tokens=num_tokens,
         response_tokens_mean=num_tokens / len(scores),
         staleness_mean=update.version - 1 - fmean(oldest),
-        **{name: getattr(update, name) for name in _OF_UPDATE},
+        **of_update(update),
         **fields,
     )
+
+
+def of_update(update: UpdateReport) -> dict[str, Any]:
+    """The fields of a ``StepRecord`` that an update reports under the same names."""
+    return {name: getattr(update, name) for name in _OF_UPDATE}

@@ -153,6 +153,9 @@ class FakeScoring:
             self.snapshots.append(weights.version)
         return np.zeros((len(indices), 2), dtype=np.float32)
 
+    async def pair_alignments(self, weights: PolicyWeights, indices: np.ndarray) -> np.ndarray:
+        return await self.pair_logprobs(weights, indices)
+
     async def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
         self.staged[promotion_id] = weights.version
 
@@ -221,6 +224,14 @@ class FakeEvaluator:
         }
         kl = {key: 0.0 for key in ("kl_sft", "kl_sft_k3", "kl_anchor", "kl_anchor_k3")}
         return EvaluationReport(step, step, 0.0, response_tokens_mean=2.0, gold_mean=self.gold.get(step), **kl), []
+
+    async def gold_of(self, prompts: Seq[Prompt], sequences: Seq[Sequence]) -> list[float]:
+        """The number of tokens above 5."""
+        return [float(sum(token > 5 for token in sequence.response_ids)) for sequence in sequences]
+
+    async def clusters(self, groups: Seq[Seq[Sequence]]) -> list[list[int]]:
+        """By the first token of the response."""
+        return [[sequence.response_ids[0] for sequence in group] for group in groups]
 
 
 @dataclass

@@ -1,11 +1,14 @@
 """Against a second implementation: a plain Hugging Face forward of each sequence alone, in float64."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from tiny_models import EOS, build_policy, build_tokenizer, llama_config, pad_batch
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
+from ocrm_ray.batches import SequenceTable
+from ocrm_ray.config import Pool
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import (
     CausalModel,
@@ -17,6 +20,7 @@ from ocrm_ray.networks import (
     require_own_logits,
     response_logprobs,
     response_values,
+    row_log_weights,
     save_model,
 )
 from ocrm_ray.records import Sequence
@@ -55,6 +59,19 @@ def test_entropy_is_that_of_the_distribution_sampled_from():
         logprobs = (oracle_logits(model, sequence) / 0.7).log_softmax(-1)
         expected = -(logprobs.exp() * logprobs).sum(-1)
         torch.testing.assert_close(row[: len(expected)].double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_wpo_weights_of_rows_equal_a_float64_forward_of_each_sequence_alone_whatever_the_chunks():
+    model, rows = build_policy(), np.array([2, 0, 2, 1])
+    pool = Pool(batch_size=2)
+    found = row_log_weights(CausalModel(model), SequenceTable(SEQUENCES, EOS, False), rows, 0.7, pool)
+    expected = []
+    for sequence in (SEQUENCES[row] for row in rows):
+        logprobs = (oracle_logits(model, sequence) / 0.7).log_softmax(-1)
+        said = logprobs[torch.arange(len(logprobs)), list(sequence.response_ids)]
+        expected.append((said - logprobs.exp().square().sum(-1).log()).mean())
+    assert not found.requires_grad
+    torch.testing.assert_close(found.double(), torch.stack(expected), atol=2e-5, rtol=1e-5)
 
 
 def test_logprobs_do_not_depend_on_the_batch_or_the_padding_id():

@@ -25,6 +25,7 @@ class WeightRule(TypedDict):
     formula: Literal["exact", "as_released"]
     alpha: float
     m: float
+    target_ess: float | None
     clip: float | None
     normalise: bool
 
@@ -55,14 +56,35 @@ def released_log_ratio(policy: Tensor, behaviour: Tensor, alpha: float) -> Tenso
     return log_p - torch.log(alpha * log_p.exp() + (1 - alpha) * log_q.exp() + RELEASED_FLOOR)
 
 
+def flattened_to_ess(log_ratios: Tensor, target: float) -> float:
+    """The largest m in [0, 1] for which the weights exp(m * ``log_ratios`` [N]) have an ESS fraction of ``target``.
+
+    The fraction falls from 1 as m grows: bisected in float64 down to neighbouring numbers, to the one that reaches
+    ``target``; 1 where m = 1 does. Raises ValueError unless 0 < target <= 1.
+    """
+    if not 0 < target <= 1:
+        raise ValueError(f"the target must be above 0 and at most 1, got {target}")
+    log_ratios = log_ratios.double()
+    if _ess_fraction(log_ratios) >= target:
+        return 1.0
+    reaches, misses = 0.0, 1.0
+    while reaches < (middle := (reaches + misses) / 2) < misses:
+        if _ess_fraction(middle * log_ratios) >= target:
+            reaches = middle
+        else:
+            misses = middle
+    return reaches
+
+
 @torch.no_grad()
 def log_pair_weights(policy: Tensor, behaviour: Tensor, **rule: Unpack[WeightRule]) -> Tensor:
     """Log-weights [N] of N pairs from summed log-probs [N, 2] of (chosen, rejected) under policy and behaviour model.
 
-    ``formula`` and ``alpha`` give the log-ratio of a response, ``m`` the exponent. Then ``clip`` bounds the weight
-    from above (None: not), and ``normalise`` divides by the mean weight of these N. All in log space and float64: a
-    weight may underflow, its logarithm not. Raises ValueError where a log-prob is not finite, or the largest weight,
-    left unnormalised, is 0 or infinite in float32.
+    ``formula`` and ``alpha`` give the log-ratio of a response, ``m`` the exponent; ``target_ess`` lowers it to the
+    largest whose weights' effective sample size is that share of N (None: not). Then ``clip`` bounds the weight from
+    above (None: not), and ``normalise`` divides by the mean weight of these N. All in log space and float64: a weight
+    may underflow, its logarithm not. Raises ValueError where a log-prob is not finite, or the largest weight, left
+    unnormalised, is 0 or infinite in float32.
     """
     shapes = f"policy {tuple(policy.shape)}, behaviour {tuple(behaviour.shape)}"
     assert policy.shape == behaviour.shape == (len(policy), 2), f"one row (chosen, rejected) a pair: {shapes}"
@@ -72,6 +94,8 @@ def log_pair_weights(policy: Tensor, behaviour: Tensor, **rule: Unpack[WeightRul
         raise ValueError("the pairs' log-probs are not all finite")
     log_ratio = released_log_ratio if rule["formula"] == "as_released" else log_relative_ratio
     log_weights = (rule["m"] * log_ratio(policy, behaviour, rule["alpha"]).sum(dim=1)).double()
+    if rule["target_ess"] is not None:
+        log_weights = flattened_to_ess(log_weights, rule["target_ess"]) * log_weights
     if rule["clip"] is not None:
         log_weights = log_weights.clamp(max=math.log(rule["clip"]))
     if rule["normalise"]:
@@ -82,15 +106,32 @@ def log_pair_weights(policy: Tensor, behaviour: Tensor, **rule: Unpack[WeightRul
     return log_weights
 
 
+def shuffled(log_weights: Tensor, seed: int) -> Tensor:
+    """The placebo: the same log-weights [N], dealt to the pairs anew by ``seed``."""
+    order = torch.randperm(len(log_weights), generator=torch.Generator().manual_seed(seed))
+    return log_weights[order.to(log_weights.device)]
+
+
 def weight_statistics(log_weights: Tensor) -> dict[str, float]:
     """What every refit reports of its weights w [N].
 
     ``ess_fraction``: the effective sample size (sum w)^2 / sum w^2 (Kish) as a share of N, 1 where all are equal;
-    ``max_weight``; ``log_weight_std``, a population standard deviation.
+    ``max_weight``; ``max_weight_share``, of their sum; ``log_weight_std``, a population standard deviation.
     """
-    log_ess = 2 * torch.logsumexp(log_weights, dim=0) - torch.logsumexp(2 * log_weights, dim=0)
     return {
-        "ess_fraction": float(log_ess.exp()) / len(log_weights),
+        "ess_fraction": _ess_fraction(log_weights),
         "max_weight": float(log_weights.max().exp()),
+        "max_weight_share": float(1 / _against_largest(log_weights).sum()),
         "log_weight_std": float(log_weights.std(correction=0)),
     }
+
+
+def _ess_fraction(log_weights: Tensor) -> float:
+    weights = _against_largest(log_weights)
+    return float(weights.sum().square() / weights.square().sum()) / len(weights)
+
+
+def _against_largest(log_weights: Tensor) -> Tensor:
+    """Weights over the largest of them, in float64: neither they nor their squares can all underflow."""
+    log_weights = log_weights.double()
+    return (log_weights - log_weights.max()).exp()

@@ -19,12 +19,12 @@ def head_logprobs(
     temperature: float,
     chunk_size: int,
     *,
-    with_entropy: bool = False,
+    statistic: Callable[[Tensor, float], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(log-probs of ``tokens`` [N], entropy), float32 [N], under softmax(head(``hidden`` [N, H]) / temperature).
+    """(log-probs of ``tokens`` [N], statistic), float32 [N], under softmax(head(``hidden`` [N, H]) / temperature).
 
     No more than ``chunk_size`` rows of logits exist at a time: every chunk but the last is computed again in the
-    backward pass. The entropy, in nats, has no gradient.
+    backward pass. ``statistic``: ``token_entropy`` or ``log_collision`` of the logits; it has no gradient.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -33,13 +33,13 @@ def head_logprobs(
         logits = head(hidden)
         logprobs: Tensor = _TokenLogprobs.apply(logits, tokens, temperature)  # type: ignore[no-untyped-call]
         # Last, behind all that the backward pass needs: there it is not computed again.
-        return logprobs, token_entropy(logits.detach(), temperature) if with_entropy else logprobs.new_empty(0)
+        return logprobs, statistic(logits.detach(), temperature) if statistic else logprobs.new_empty(0)
 
     chunks = list(zip(torch.split(hidden, chunk_size), torch.split(tokens, chunk_size), strict=True))
     parts = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks[:-1]]
     parts.append(of_chunk(*chunks[-1]))
-    logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
-    return logprobs, entropy if with_entropy else None
+    logprobs, statistics = (torch.cat(values) for values in zip(*parts, strict=True))
+    return logprobs, statistics if statistic else None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -73,6 +73,14 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
     lowest = torch.finfo(torch.float32).min
     tables = (_log_softmax(rows, temperature) for rows in _blocks(logits))
     return -torch.cat([torch.linalg.vecdot(table.exp(), table.clamp(min=lowest)) for table in tables])
+
+
+def log_collision(logits: Tensor, temperature: float) -> Tensor:
+    """log of the sum of squared probabilities, float32 [N], of softmax(``logits`` [N, V] / temperature).
+
+    The chance that two draws agree: minus the Renyi entropy of order 2. Logits may be -inf.
+    """
+    return torch.cat([torch.logsumexp(2 * _log_softmax(rows, temperature), dim=-1) for rows in _blocks(logits)])
 
 
 def _rows(logits: Tensor) -> int:

@@ -12,7 +12,7 @@ from actors.reward import RewardRefitter, RewardServer
 from ocrm_ray import batches
 from ocrm_ray.networks import last_token_scores, load_reward_model
 from ocrm_ray.preferences import Pair
-from ocrm_ray.records import RefitReport, RefitRequest
+from ocrm_ray.records import RefitReport, RefitRequest, Sequence
 
 pytestmark = pytest.mark.real
 
@@ -124,6 +124,73 @@ def test_many_refits_in_one_process_leave_no_memory_behind(tmp_path):
         refitter.refit(request(128, version=version))
         sizes.append(process.memory_info().rss)
     assert sizes[-1] - sizes[1] < 20 * 2**20
+
+
+def groups_of(num_groups, seed=0):
+    """Two or three random responses to each prompt."""
+    generator = np.random.default_rng(seed)
+    return tuple(
+        tuple(
+            Sequence((3, int(number) % 20 + 5), tuple(map(int, generator.integers(3, 30, 4))), True)
+            for _ in range(2 + int(number) % 2)
+        )
+        for number in range(num_groups)
+    )
+
+
+def refitted(tmp_path, strategy, zero_stage=0, groups=(), **settings):
+    """Scores of some pairs by a model refitted by ``strategy``, and the refit's report."""
+    correction = {"strategy": strategy} | ({strategy: settings} if settings else {})
+    train = random_pairs(120, seed=1)
+    quick = TRAINING | {"num_epochs": 1, "learning_rate": 1e-3}
+    refitter = make_refitter(tmp_path, train, correction=correction, training=quick, zero_stage=zero_stage)
+    report = refitter.refit(replace(request(120), groups=groups))
+    return torch.stack(scores_of(report.path, train)), report
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_metarm_with_eta_0_is_the_plain_refit_to_the_last_bit(tmp_path, zero_stage):
+    plain, _ = refitted(tmp_path / "plain", "refit", zero_stage)
+    meta, _ = refitted(tmp_path / "meta", "metarm", zero_stage, groups_of(20), eta=0.0)
+    assert torch.equal(plain, meta)
+
+
+def test_metarm_changes_what_a_refit_learns_and_tells_the_spread(tmp_path):
+    plain, _ = refitted(tmp_path / "plain", "refit")
+    meta, report = refitted(tmp_path / "meta", "metarm", groups=groups_of(20), eta=0.3)
+    assert (plain - meta).abs().max() > 1e-3
+    assert 0.25 <= report.figures["reward_spread"] < 2 / 3  # J of 2 and of 3 responses
+
+
+def test_the_representation_loss_with_coefficient_0_is_the_plain_refit(tmp_path):
+    plain, _ = refitted(tmp_path / "plain", "refit")
+    views, report = refitted(tmp_path / "views", "rlp_uml", groups=groups_of(20), coefficient=0.0)
+    assert torch.equal(plain, views)
+    assert np.isfinite(report.figures["view_loss"])
+
+
+def test_the_representation_loss_moves_the_backbone(tmp_path):
+    plain, _ = refitted(tmp_path / "plain", "refit")
+    views, _ = refitted(tmp_path / "views", "rlp_uml", groups=groups_of(20), coefficient=5.0)
+    assert (plain - views).abs().max() > 1e-3
+
+
+def test_extra_pairs_are_trained_on_beside_the_runs_own(tmp_path):
+    wrong = [flipped(pair) for pair in random_pairs(100, seed=2)]
+    right = tuple((pair.chosen, pair.rejected) for pair in random_pairs(900, seed=1))
+    refitter = make_refitter(tmp_path, wrong)
+    assert refitter.refit(request(100)).heldout_accuracy < 0.4
+    report = refitter.refit(replace(request(100, version=2), extra_pairs=right))
+    assert report.heldout_accuracy > 0.8
+
+
+def test_a_plain_refit_after_one_with_extra_pairs_does_not_see_them(tmp_path):
+    refitter = make_refitter(tmp_path, random_pairs(100, seed=1))
+    plain = refitter.refit(request(100))
+    right = tuple((pair.chosen, pair.rejected) for pair in random_pairs(200, seed=2))
+    refitter.refit(replace(request(100, version=2), extra_pairs=right))
+    again = refitter.refit(request(100, version=3))
+    assert (again.loss, again.heldout_accuracy) == (plain.loss, plain.heldout_accuracy)
 
 
 @pytest.fixture

@@ -18,12 +18,14 @@ from ocrm_ray.records import PolicyWeights
 ROOT = Path(__file__).parents[2]
 WORKER = """
 import os, sys, time
-from multiprocessing import resource_tracker, shared_memory
+from multiprocessing import get_context, resource_tracker, shared_memory
 from actors.vllm_worker import WeightReceiver
 WeightReceiver().watch_owner(int(sys.argv[1]))
 segment = shared_memory.SharedMemory(create=True, size=64)
 resource_tracker.unregister(segment._name, "shared_memory")
-print(os.getppid(), os.getpid(), segment.name, flush=True)
+lock = get_context("spawn").Lock()
+resource_tracker.unregister(lock._semlock.name, "semaphore")
+print(os.getppid(), os.getpid(), segment.name, lock._semlock.name.replace("/", "sem."), flush=True)
 time.sleep(60)
 """
 ENGINE = (
@@ -37,14 +39,16 @@ def test_engine_worker_and_their_shared_memory_end_when_their_owner_is_killed():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as owner:
         assert owner.stdout is not None
-        engine, worker, segment = owner.stdout.readline().split()
+        engine, worker, *files = owner.stdout.readline().split()
         family = [psutil.Process(int(engine)), psutil.Process(int(worker))]
+        existed = [(SHARED_MEMORY / file).exists() for file in files]
         owner.kill()
         _, alive = psutil.wait_procs(family, timeout=15)
         for process in alive:
             process.kill()
     assert alive == []
-    assert not (SHARED_MEMORY / segment).exists()
+    assert existed == [True, True]
+    assert [file for file in files if (SHARED_MEMORY / file).exists()] == []
 
 
 def test_a_process_that_is_no_ancestor_is_refused():

@@ -9,14 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocrm_ray.algorithm.importance import (
+    flattened_to_ess,
     log_pair_weights,
     log_relative_ratio,
     released_log_ratio,
+    shuffled,
     weight_statistics,
 )
 
-PLAIN = {"formula": "exact", "alpha": 0.0, "m": 1.0, "clip": None, "normalise": False}
-RELEASED = {"formula": "as_released", "alpha": 0.1, "m": 0.001, "clip": None, "normalise": False}
+PLAIN = {"formula": "exact", "alpha": 0.0, "m": 1.0, "target_ess": None, "clip": None, "normalise": False}
+RELEASED = {"formula": "as_released", "alpha": 0.1, "m": 0.001, "target_ess": None, "clip": None, "normalise": False}
 
 # (log pi, log sft, published formula, exact relative log-ratio) at alpha = 0.1
 PUBLISHED_TABLE = [
@@ -164,7 +166,9 @@ def test_a_constant_on_all_log_weights_changes_nothing_after_normalisation(m: fl
 @pytest.mark.parametrize("formula", ["exact", "as_released"])
 @pytest.mark.parametrize("clip", [None, 1.5])
 def test_normalised_weights_have_mean_one(formula: str, clip: float | None):
-    result = log_pair_weights(*sums(seed=5), formula=formula, alpha=0.1, m=0.5, clip=clip, normalise=True)
+    result = log_pair_weights(
+        *sums(seed=5), **{**PLAIN, "formula": formula, "alpha": 0.1, "m": 0.5, "clip": clip, "normalise": True}
+    )
     assert result.exp().mean().item() == pytest.approx(1.0, rel=1e-12)
 
 
@@ -196,7 +200,7 @@ def test_as_released_weights_are_almost_uniform_and_bounded():
 @pytest.mark.parametrize("formula", ["exact", "as_released"])
 def test_no_gradient_flows_through_the_weights(formula: str):
     policy = torch.full((3, 2), -20.0, requires_grad=True)
-    result = log_pair_weights(policy, policy.detach() - 1, formula=formula, alpha=0.1, m=1.0, clip=None, normalise=True)
+    result = log_pair_weights(policy, policy.detach() - 1, **{**PLAIN, "formula": formula, "normalise": True})
     assert not result.requires_grad
 
 
@@ -248,12 +252,13 @@ def test_weight_statistics_by_hand():
     statistics = weight_statistics(log_pair_weights(policy, torch.zeros(2, 2), **{**PLAIN, "normalise": True}))
     assert statistics["ess_fraction"] == pytest.approx(0.8)
     assert statistics["max_weight"] == pytest.approx(1.5)
+    assert statistics["max_weight_share"] == pytest.approx(0.75)
     assert statistics["log_weight_std"] == pytest.approx(math.log(3) / 2)
 
 
 def test_statistics_of_a_single_pair_are_finite():
     statistics = weight_statistics(log_pair_weights(torch.zeros(1, 2), torch.zeros(1, 2), **PLAIN))
-    assert statistics == {"ess_fraction": 1.0, "max_weight": 1.0, "log_weight_std": 0.0}
+    assert statistics == {"ess_fraction": 1.0, "max_weight": 1.0, "max_weight_share": 1.0, "log_weight_std": 0.0}
 
 
 def test_weighted_mean_over_behaviour_samples_is_the_expectation_under_the_policy():
@@ -266,3 +271,74 @@ def test_weighted_mean_over_behaviour_samples_is_the_expectation_under_the_polic
     result = log_pair_weights(policy.log()[index], behaviour.log()[index], **PLAIN)
     estimate = (result.exp() * value[index[:, 0]] * value[index[:, 1]]).mean()
     assert estimate.item() == pytest.approx(float((policy * value).sum() ** 2), rel=1e-12)
+
+
+def plain_ess_fraction(log_weights: torch.Tensor) -> float:
+    weights = [math.exp(value) for value in log_weights.tolist()]
+    return math.fsum(weights) ** 2 / math.fsum(weight**2 for weight in weights) / len(weights)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("target", [0.02, 0.3, 0.9, 0.999])
+def test_flattened_exponent_gives_the_target_or_is_one_where_the_full_weight_does(target: float, scale: float):
+    log_ratios = scale * torch.randn(300, generator=torch.Generator().manual_seed(9)).double()
+    m = flattened_to_ess(log_ratios, target)
+    if plain_ess_fraction(log_ratios) >= target:
+        assert m == 1.0
+    else:
+        assert plain_ess_fraction(m * log_ratios) == pytest.approx(target, abs=1e-9)
+        assert plain_ess_fraction((m + 1e-6) * log_ratios) < target
+
+
+def test_flattened_exponent_in_closed_form():
+    log_ratios = torch.tensor([5.0, 0.0])  # (1 + w)^2 / (1 + w^2) = 1.6 at w = 3
+    assert flattened_to_ess(log_ratios, 0.8) == pytest.approx(math.log(3) / 5, rel=1e-12)
+
+
+def test_flattened_exponent_of_ratios_in_the_millions_keeps_its_relative_precision():
+    assert flattened_to_ess(torch.tensor([5e6, 0.0]), 0.8) == pytest.approx(math.log(3) / 5e6, rel=1e-12)
+
+
+def test_equal_ratios_keep_the_full_exponent_whatever_the_target():
+    assert flattened_to_ess(torch.full((7,), -400.3), 1.0) == 1.0
+
+
+@pytest.mark.parametrize("target", [0.0, -0.5, 1.5, math.nan])
+def test_target_outside_its_range_is_refused(target: float):
+    with pytest.raises(ValueError, match="target must be above 0 and at most 1"):
+        flattened_to_ess(torch.zeros(2), target)
+
+
+@pytest.mark.parametrize("m", [1.0, 0.5])
+def test_target_ess_lowers_the_exponent_and_never_raises_it(m: float):
+    policy, behaviour = sums(seed=10)
+    rule = {**PLAIN, "m": m, "normalise": True}
+    flattened = log_pair_weights(policy, behaviour, **{**rule, "target_ess": 0.6})
+    assert plain_ess_fraction(flattened) == pytest.approx(0.6, abs=1e-9)
+    low = plain_ess_fraction(log_pair_weights(policy, behaviour, **rule)) / 2
+    torch.testing.assert_close(
+        log_pair_weights(policy, behaviour, **{**rule, "target_ess": low}), log_pair_weights(policy, behaviour, **rule)
+    )
+
+
+def test_target_ess_is_sought_on_the_weights_before_the_clip():
+    policy, behaviour = torch.tensor([[5.0, 0.0], [0.0, 0.0]]).double(), torch.zeros(2, 2).double()
+    result = log_pair_weights(policy, behaviour, **{**PLAIN, "target_ess": 0.8, "clip": 2.0})
+    torch.testing.assert_close(result.exp(), torch.tensor([2.0, 1.0]).double())  # 3 and 1 before
+
+
+def test_shuffling_deals_the_same_weights_to_other_pairs_by_the_seed_alone():
+    log_weights = torch.randn(500, generator=torch.Generator().manual_seed(11)).double()
+    placebo = shuffled(log_weights, seed=3)
+    assert torch.equal(placebo.sort().values, log_weights.sort().values)
+    assert weight_statistics(placebo)["ess_fraction"] == pytest.approx(weight_statistics(log_weights)["ess_fraction"])
+    assert abs(torch.corrcoef(torch.stack([placebo, log_weights]))[0, 1]) < 0.15
+    torch.manual_seed(0)
+    assert torch.equal(shuffled(log_weights, seed=3), placebo)
+    assert not torch.equal(shuffled(log_weights, seed=4), placebo)
+
+
+def test_statistics_of_float32_log_weights_are_summed_in_float64():
+    log_weights = torch.randn(100_000, generator=torch.Generator().manual_seed(12))
+    statistics = weight_statistics(log_weights)
+    assert statistics["ess_fraction"] == pytest.approx(plain_ess_fraction(log_weights.double()), rel=1e-9)

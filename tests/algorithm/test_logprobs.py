@@ -5,19 +5,11 @@ import math
 import pytest
 import torch
 
-from ocrm_ray.algorithm import logprobs
-from ocrm_ray.algorithm.logprobs import head_logprobs, sequence_logprobs
+from ocrm_ray.algorithm.logprobs import head_logprobs, log_collision, sequence_logprobs, token_entropy
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     return head_logprobs(torch.nn.Identity(), logits, tokens, temperature, 4)[0]
-
-
-def token_entropy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    tokens = torch.zeros(len(logits), dtype=torch.long)
-    entropy = head_logprobs(torch.nn.Identity(), logits, tokens, temperature, 4, with_entropy=True)[1]
-    assert entropy is not None
-    return entropy
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 3.0])
@@ -64,8 +56,25 @@ def test_entropy_is_taken_at_the_temperature():
     torch.testing.assert_close(token_entropy(logits, 0.7).double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def through_a_head(chunk_size: int, temperature: float = 0.7):
-    """Log-probs, entropy and gradients (of hidden states and of the head), and how many rows each call of it had."""
+def test_collision_of_hand_computed_distributions():
+    uniform, certain, coin = [0.0] * 4, [0.0, -math.inf, -math.inf, -math.inf], [0.0, 0.0, -math.inf, -math.inf]
+    thirds = [math.log(2), 0.0, -math.inf, -math.inf]
+    result = log_collision(torch.tensor([uniform, certain, coin, thirds]), 1.0)
+    torch.testing.assert_close(result.exp(), torch.tensor([1 / 4, 1.0, 1 / 2, 5 / 9]))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_collision_equals_the_float64_sum_of_squared_probabilities(temperature: float, dtype: torch.dtype):
+    logits = (10 * torch.randn(15, 50, generator=torch.Generator().manual_seed(3))).to(dtype)
+    expected = torch.softmax(logits.double() / temperature, dim=-1).square().sum(dim=-1).log()
+    result = log_collision(logits, temperature)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def through_a_head(chunk_size: int, temperature: float = 0.7, statistic=token_entropy):
+    """Log-probs, statistic and gradients (of hidden states and of the head), and how many rows each call of it had."""
     generator = torch.Generator().manual_seed(2)
     hidden, upstream = torch.randn(11, 6, generator=generator).requires_grad_(), torch.randn(11, generator=generator)
     weight = torch.randn(50, 6, generator=generator).requires_grad_()
@@ -75,15 +84,26 @@ def through_a_head(chunk_size: int, temperature: float = 0.7):
         rows.append(len(part))
         return part @ weight.T
 
-    found, entropy = head_logprobs(head, hidden, tokens, temperature, chunk_size, with_entropy=True)
+    found, statistics = head_logprobs(head, hidden, tokens, temperature, chunk_size, statistic=statistic)
     found.backward(upstream)
-    return (found.detach(), entropy, hidden.grad, weight.grad), rows
+    return (found.detach(), statistics, hidden.grad, weight.grad), rows
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 10])
-def test_chunks_of_the_head_change_neither_values_nor_gradients(chunk_size: int):
-    for value, expected in zip(through_a_head(chunk_size)[0], through_a_head(11)[0], strict=True):
+@pytest.mark.parametrize("statistic", [token_entropy, log_collision])
+def test_chunks_of_the_head_change_neither_values_nor_gradients(chunk_size: int, statistic):
+    in_chunks, whole = (through_a_head(size, statistic=statistic)[0] for size in (chunk_size, 11))
+    for value, expected in zip(in_chunks, whole, strict=True):
         torch.testing.assert_close(value, expected)
+
+
+def test_statistic_through_the_head_is_that_of_its_logits_at_the_temperature():
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(7, 6, generator=generator), torch.randn(50, 6, generator=generator)
+    tokens = torch.zeros(7, dtype=torch.long)
+    _, found = head_logprobs(lambda part: part @ weight.T, hidden, tokens, 0.5, 4, statistic=log_collision)
+    expected = torch.softmax((hidden @ weight.T).double() / 0.5, dim=-1).square().sum(dim=-1).log()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_through_the_head_is_the_closed_form_in_float64():
@@ -102,12 +122,9 @@ def test_every_chunk_but_the_last_is_computed_again_and_none_is_larger():
     assert through_a_head(11)[1] == [11]
 
 
-def test_backward_pass_does_not_compute_the_entropy_again(monkeypatch: pytest.MonkeyPatch):
-    calls, original = [], logprobs.token_entropy
-    monkeypatch.setattr(
-        logprobs, "token_entropy", lambda logits, *args: calls.append(len(logits)) or original(logits, *args)
-    )
-    through_a_head(4)
+def test_backward_pass_does_not_compute_the_statistic_again():
+    calls = []
+    through_a_head(4, statistic=lambda logits, *args: calls.append(len(logits)) or token_entropy(logits, *args))
     assert calls == [4, 4, 3]
 
 

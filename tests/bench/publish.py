@@ -31,7 +31,7 @@ class Publisher:
     def __init__(self, model_folder: str, segments: Path) -> None:
         model = load_causal_lm(model_folder, dtype="bfloat16", trust_remote_code=False)
         # loading maps a file; the trainer's tensors are memory of its own
-        self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.tensors = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
         self.exporter = WeightExporter(segments, self.tensors, False)
         self.version = 0
 
