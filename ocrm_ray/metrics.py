@@ -25,6 +25,10 @@ STAGES = ("generate", "score", "train", "publish")
 POOLS = ("generation", "policy", "scoring", "reward")
 EVALUATED = tuple(f.name for f in fields(EvaluationReport) if f.name not in ("step", "policy_version", "seconds"))
 """What a line has of its evaluation; KL, and what the step measures too, as ``eval_...``."""
+SUMMARISED = (
+    *("gold_mean", "gold_se", "gold_win_rate", "gold_win_rate_low", "gold_win_rate_high"),
+    *("gold_win_rate_reference", "rm_accuracy"),
+)
 NUM_PEAK_EVALUATIONS = 3
 
 
@@ -202,7 +206,7 @@ def summary_of(metrics: Sequence[Row]) -> dict[str, Any]:
     last = evaluations[-1] if evaluations else {}
     peak = gold_peak([row["gold_mean"] for row in evaluations if row.get("gold_mean") is not None])
     return {
-        **{key: last.get(key) for key in ("gold_mean", "gold_se", "gold_win_rate")},
+        **{key: last.get(key) for key in SUMMARISED},
         "gold_peak": peak,
         "gold_drop_from_peak": None if peak is None or last.get("gold_mean") is None else peak - last["gold_mean"],
         "proxy_mean": last.get("proxy_mean"),

@@ -1,11 +1,15 @@
-"""Statistics of scored samples: shares with their intervals, rank correlation, pair orders, KL estimates, diversity."""
+"""Statistics of scored samples, None of nothing: shares, rank correlation, order of pairs, KL, diversity."""
 
 from collections import Counter
 from collections.abc import Sequence as Seq
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from ocrm_ray.algorithm.policy_loss import kl_terms
+from ocrm_ray.algorithm.reward_scores import bradley_terry_loss
+from ocrm_ray.algorithm.reward_spread import reward_spread
 from ocrm_ray.records import FloatArray
 
 Values = npt.NDArray[np.float64]
@@ -31,37 +35,27 @@ def wilson_interval(share: float, num: int) -> tuple[float, float]:
 
 def spearman(x: npt.ArrayLike, y: npt.ArrayLike) -> float | None:
     """Pearson's correlation of the ranks, ties at their mean rank; None where either side does not vary."""
-    ranks = [_ranks(np.asarray(values, np.float64)) for values in (x, y)]
-    (left, right) = (rank - rank.mean() if len(rank) else rank for rank in ranks)
+    left, right = (_centred_ranks(np.asarray(values, np.float64)) for values in (x, y))
     scale = np.sqrt((left @ left) * (right @ right))
     return float(left @ right / scale) if scale > 0 else None
 
 
 def kl_estimates(logprobs: FloatArray, reference: FloatArray) -> tuple[float, float]:
-    """Of one response sampled with ``logprobs`` [T]: its k1 and k3 terms against ``reference`` [T], summed, in nats.
-
-    With l = log pi - log ref of a token, k1 is l (unbiased, any sign) and k3 is exp(-l) - 1 + l (unbiased, never
-    negative). Source: Schulman, "Approximating KL divergence" (2020).
-    """
-    assert logprobs.shape == reference.shape
-    ratio = logprobs.astype(np.float64) - reference
-    return float(ratio.sum()), float((np.expm1(-ratio) + ratio).sum())
+    """Of one response sampled with ``logprobs`` [T]: its k1 and k3 terms against ``reference`` [T], summed, in nats."""
+    tokens = torch.tensor(logprobs, dtype=torch.float64), torch.tensor(reference, dtype=torch.float64)
+    return float(kl_terms(*tokens, "k1").sum()), float(kl_terms(*tokens, "k3").sum())
 
 
 def distinct_share(responses: Seq[Seq[int]], n: int) -> float | None:
-    """Distinct n-grams of token ids as a share of all (distinct-n; Li et al., 2016); None where there are none."""
+    """Distinct n-grams of token ids as a share of all (distinct-n; Li et al., 2016)."""
     grams = Counter(tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1))
     return len(grams) / grams.total() if grams else None
 
 
-def reward_spread(pairs: npt.ArrayLike) -> float | None:
-    """Mean of sigmoid|r1 - r2| / 2 over pairs [N, 2] of scores, in [0.25, 0.5); None of none.
-
-    The difference measure J of MetaRM (arXiv 2405.00438) for two responses a prompt: small where the reward model
-    no longer tells the policy's responses apart.
-    """
-    gaps = np.abs(_differences(pairs))
-    return float((0.5 / (1 + np.exp(-gaps))).mean()) if len(gaps) else None
+def mean_spread(pairs: npt.ArrayLike) -> float | None:
+    """MetaRM's J of pairs [N, 2] of scores, in [0.25, 0.5): small where the reward model sees little difference."""
+    scores = torch.as_tensor(np.reshape(np.asarray(pairs, np.float64), (-1, 2)))
+    return float(reward_spread(scores)) if len(scores) else None
 
 
 class PairOrder:
@@ -76,12 +70,13 @@ class PairOrder:
         """By how much proxy prefers what gold prefers."""
 
     def accuracy(self) -> float | None:
-        """Share that proxy orders as gold does, a proxy tie counting half; None if no pair is left."""
+        """Share that proxy orders as gold does, a proxy tie counting half."""
         return _accuracy(self.margins)
 
     def loss(self) -> float | None:
-        """Bradley-Terry loss of proxy with gold's preferences as labels, mean in nats; None if no pair is left."""
-        return float(np.logaddexp(0, -self.margins).mean()) if len(self.margins) else None
+        """Bradley-Terry loss of proxy with gold's preferences as labels, mean in nats."""
+        margins = torch.as_tensor(self.margins)
+        return float(bradley_terry_loss(margins, torch.zeros_like(margins))) if len(margins) else None
 
     def by_gap(self) -> tuple[list[float | None], list[int]]:
         """Accuracy and number of pairs in each third by the size of gold's difference, the smallest first.
@@ -104,6 +99,6 @@ def _differences(pairs: npt.ArrayLike) -> Values:
     return np.diff(np.reshape(np.asarray(pairs, np.float64), (-1, 2)))[:, 0]
 
 
-def _ranks(values: Values) -> Values:
+def _centred_ranks(values: Values) -> Values:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse] - (len(values) + 1) / 2
