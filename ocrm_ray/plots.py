@@ -205,7 +205,7 @@ def _draw_panels(panels: Sequence[Panel], run: Run, windows: Sequence[Correction
         axes.set(title=panel.title, xlabel=X_LABELS[panel.x_key], ylabel=panel.unit, yscale=panel.y_scale)
         axes.locator_params("x", **WHOLE)
         if len(known[panel]) > 1:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", handlelength=2.5, markerscale=0)
     for axes in grid.flat[len(shown) :]:
         axes.remove()
     return figure
