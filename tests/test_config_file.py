@@ -123,7 +123,7 @@ BAD_RUNS = {
     "policy: {num_updates: 3.5}": "policy.num_updates: got 3.5, need an integer: change it",
     "policy: {num_updates: '3'}": 'policy.num_updates: got "3", need an integer: change it',
     "policy: 3": "policy: got 3, need a mapping: change it",
-    "policy: {algorithm: dpo}": "policy.algorithm: got \"dpo\", need 'ppo', 'rloo' or 'grpo': change it",
+    "policy: {algorithm: sac}": "policy.algorithm: got \"sac\", need 'ppo', 'rloo', 'grpo', 'dpo' or 'wpo': change it",
     "policy: {gama: 1}": "policy.gama: got an unknown key, need policy.gamma: correct the key",
     "policy: {lr: 1}": "policy.lr: got an unknown key, need policy.learning_rate: correct the key",
     "policy: {max_lagg: 1}": "policy.max_lagg: got an unknown key, need correction.max_lag: correct the key",
