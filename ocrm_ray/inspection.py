@@ -17,7 +17,8 @@ from ocrm_ray.machine import NetworkSizes, machine_problems
 from ocrm_ray.model_folders import ModelFacts, Role, backbone_difference, is_hub_name, read_model, shares_vocabulary
 
 _STAGE_KEYS = ("seed", "world", "data", "sft", "pairs", "gold", "reward", "rollout.max_new_tokens")
-_WITHOUT_EFFECT = ("pairs.allow_unknown_behaviour", "reward.scale", "gold.batch_size")
+_WITHOUT_EFFECT = ("pairs.allow_unknown_behaviour", "reward.scale", "reward.ensemble", "gold.batch_size")
+"""On what an arm finds in the shared folder; an ensemble is in one of its own."""
 
 
 def inspect(config: RunConfig) -> list[Problem]:
@@ -53,7 +54,7 @@ def stage_differences(config: RunConfig, other: RunConfig) -> list[tuple[str, ob
     return [
         (key, ours.get(key), theirs.get(key))
         for key in dict.fromkeys([*ours, *theirs])
-        if key.startswith(_STAGE_KEYS) and key not in _WITHOUT_EFFECT and ours.get(key) != theirs.get(key)
+        if key.startswith(_STAGE_KEYS) and not key.startswith(_WITHOUT_EFFECT) and ours.get(key) != theirs.get(key)
     ]
 
 
