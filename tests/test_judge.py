@@ -389,6 +389,13 @@ def test_a_second_run_asks_for_nothing(config: JudgeGold, endpoint: Endpoint) ->
     )  # fmt: skip
 
 
+def test_a_second_call_asks_for_nothing(config: JudgeGold, endpoint: Endpoint) -> None:
+    judge = Judge(config, never)
+    assert [judge.compare(["p"], ["longer"], ["long"]) for _ in range(2)] == [[1.0], [1.0]]
+    assert len(endpoint.bodies) == 2
+    assert (judge.statistics.num_cached, judge.statistics.num_requests, judge.statistics.num_pairs) == (2, 2, 2)
+
+
 def test_answers_before_a_failure_are_not_paid_for_again(config: JudgeGold, endpoint: Endpoint) -> None:
     endpoint.script(completion("A"), failure(400))
     with pytest.raises(RunError):
