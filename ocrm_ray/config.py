@@ -26,6 +26,7 @@ from ocrm_ray.cluster_config import (
     Section,
     Share,
 )
+from ocrm_ray.gold_config import ClassifierGold, FunctionGold, Gold, JudgeGold, SimilarityGold
 from ocrm_ray.reward_config import (
     Correction,
     MetaStep,
@@ -38,6 +39,7 @@ from ocrm_ray.reward_config import (
 
 __all__ = ["Deadlines", "Dtype", "Duration", "GenerationPool", "Pool", "Pools", "Publish", "Rehearsal", "Section"]
 __all__ += ["Correction", "MetaStep", "RepresentationLoss", "Reward", "RewardTraining", "SyntheticPairs", "Weights"]
+__all__ += ["ClassifierGold", "FunctionGold", "Gold", "JudgeGold", "SimilarityGold"]
 
 
 class PraiseWorld(Section):
@@ -116,37 +118,6 @@ class Pairs(Section):
     """The higher gold score wins, or a coin weighted by sigmoid(gold difference) decides."""
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the pairs kept from RM training, to measure its accuracy."""
-
-
-class FunctionGold(Section):
-    """Gold from a Python function ``f(prompts, responses, references) -> list[float]``."""
-
-    kind: Literal["function"] = "function"
-    path: str
-    """Import path, ``package.module:function``."""
-
-
-class ClassifierGold(Section):
-    """Gold from a Hugging Face sequence-classification model (its one logit)."""
-
-    kind: Literal["classifier"] = "classifier"
-    model: str
-    """Folder or Hub name."""
-    batch_size: PositiveInt = 32
-
-
-class SimilarityGold(Section):
-    """Gold from a sentence encoder: cosine similarity to the reference, less a penalty for repetition."""
-
-    kind: Literal["similarity"] = "similarity"
-    model: str
-    """Encoder (folder or Hub name); mean-pooled, normalised."""
-    batch_size: PositiveInt = 32
-    repetition_penalty: NonNegativeFloat = 0.5
-    """Taken off, times the share of word trigrams that occurred before in the response."""
-
-
-Gold = Annotated[FunctionGold | ClassifierGold | SimilarityGold, Field(discriminator="kind")]
 
 
 class MissingEosPenalty(Section):
@@ -301,6 +272,12 @@ class RunConfig(Section):
     deadlines: Deadlines = Deadlines()
     rehearsal: Rehearsal | None = None
     """Only for ``rehearse`` and ``check``; null: from an earlier run of the folder, else from arithmetic."""
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Names of the environment variables whose values gold needs and no file or log may show."""
+        gold = self.gold
+        return (gold.api_key_env,) if isinstance(gold, JudgeGold) and gold.api_key_env else ()
 
     @property
     def run_dir(self) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ocrm_ray.gold import GoldScorer
+from ocrm_ray.judge import Judge
 from ocrm_ray.records import EvaluationReport, FloatArray, Prompt, Sample
 
 SampleRow = dict[str, object]
@@ -81,6 +82,7 @@ class HeldoutEvaluator:
             "gold_se": float(first.std(ddof=1) / np.sqrt(len(first))) if len(first) > 1 else None,
             "gold_win_rate": win_rate(first, self.sft_gold),
             "rm_accuracy": pair_accuracy(pairs[0], pairs[1]),
+            "judge": self.gold.statistics if isinstance(self.gold, Judge) else None,
         }
 
 

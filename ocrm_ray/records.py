@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ocrm_ray.judge import JudgeStatistics
+
 IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
@@ -204,4 +206,6 @@ class EvaluationReport:
     """Against the SFT model's responses of the first evaluation; a tie counts half."""
     rm_accuracy: float | None = None
     """Share of on-policy pairs (gold ties left out) that the live RM orders as gold does."""
+    judge: JudgeStatistics | None = None
+    """Where gold is a judge: of the labels and all evaluations since its process started."""
     seconds: float = 0.0

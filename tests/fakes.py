@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ocrm_ray.config import RunConfig
+from ocrm_ray.judge import JudgeStatistics
 from ocrm_ray.pools import Pools
 from ocrm_ray.records import (
     Calibration,
@@ -210,6 +211,7 @@ class FakeEvaluator:
 
     versions: dict[int, set[int]] = field(default_factory=dict)
     gold: dict[int, float] = field(default_factory=dict)
+    judge: JudgeStatistics | None = None
 
     async def evaluate(
         self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[np.ndarray], sft_logprobs: Seq[Seq[np.ndarray]]
@@ -217,7 +219,7 @@ class FakeEvaluator:
         self.versions[step] = {s.first_version for group in samples for s in group} | {
             s.last_version for group in samples for s in group
         }
-        return EvaluationReport(step, step, 0.0, 0.0, 2.0, gold_mean=self.gold.get(step)), []
+        return EvaluationReport(step, step, 0.0, 0.0, 2.0, gold_mean=self.gold.get(step), judge=self.judge), []
 
     async def gold_of(self, prompts: Seq[Prompt], sequences: Seq[Sequence]) -> list[float]:
         """The number of tokens above 5."""
