@@ -1,16 +1,26 @@
-"""Measuring held-out samples: gold, win rate against the SFT model, the reward model's on-policy accuracy, KL."""
+"""Measuring held-out samples: gold and win rates, the reward model on on-policy pairs, KL, diversity."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ocrm_ray.gold import GoldScorer
 from ocrm_ray.judge import Judge
 from ocrm_ray.records import EvaluationReport, FloatArray, Prompt, Sample
+from ocrm_ray.sample_statistics import (
+    PairOrder,
+    Values,
+    distinct_share,
+    kl_estimates,
+    mean_spread,
+    spearman,
+    wilson_interval,
+    win_rate,
+)
 
 SampleRow = dict[str, object]
 
@@ -27,29 +37,43 @@ class HeldoutEvaluator:
     tokenizer: Any
     gold: GoldScorer | None
     num_samples_saved: int
-    sft_gold: npt.NDArray[np.float64] | None = field(default=None, init=False)
+    sft_gold: Values | None = field(default=None, init=False)
     """Gold scores [N] of the first evaluation."""
 
     def evaluate(
-        self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[FloatArray], sft_logprobs: Seq[Seq[FloatArray]]
+        self,
+        step: int,
+        samples: Seq[tuple[Sample, ...]],
+        proxy: Seq[FloatArray],
+        sft_logprobs: Seq[Seq[FloatArray]],
+        anchor_logprobs: Seq[Seq[FloatArray]],
     ) -> tuple[EvaluationReport, list[SampleRow]]:
-        """Measure one or two samples of every prompt, with their proxy scores and SFT log-probs [T].
+        """Measure one or two samples of every prompt: their proxy scores, log-probs [T] under SFT model and anchor.
 
-        ``kl_sft`` is the mean over prompts of sum_t(log pi - log pi_sft) (the k1 estimator, in nats a response);
-        the first evaluation's scores become ``sft_gold``. The caller fills ``seconds``.
+        The first evaluation's scores become ``sft_gold``. The caller fills ``seconds``.
         """
-        assert len(self.prompts) == len(samples) == len(proxy) == len(sft_logprobs)
+        assert len(self.prompts) == len(samples) == len(proxy) == len(sft_logprobs) == len(anchor_logprobs)
         first = [prompt_samples[0] for prompt_samples in samples]
-        ids = [[list(sample.sequence.response_ids) for sample in prompt_samples] for prompt_samples in samples]
-        texts = [self.tokenizer.batch_decode(each, skip_special_tokens=True) for each in ids]
-        responses = [[text.strip() for text in prompt_texts] for prompt_texts in texts]
+        first_proxy = [float(scores[0]) for scores in proxy]
+        lengths = [len(sample.sequence.response_ids) for sample in first]
+        words = [sample.sequence.response_ids[: -1 if sample.sequence.has_eos else None] for sample in first]
+        responses = [self._texts(prompt_samples) for prompt_samples in samples]
         gold = None if self.gold is None else self._gold_scores(self.gold, responses)
+        kl_sft, kl_sft_k3 = _mean_kl(first, sft_logprobs)
+        kl_anchor, kl_anchor_k3 = _mean_kl(first, anchor_logprobs)
         report = EvaluationReport(
             step=step,
             policy_version=min(sample.first_version for sample in first),
-            proxy_mean=_mean([scores[0] for scores in proxy]),
-            kl_sft=_mean([_log_ratio(sample, sft[0]) for sample, sft in zip(first, sft_logprobs, strict=True)]),
-            response_tokens_mean=_mean([len(sample.sequence.response_ids) for sample in first]),
+            proxy_mean=_mean(first_proxy),
+            kl_sft=kl_sft,
+            kl_sft_k3=kl_sft_k3,
+            kl_anchor=kl_anchor,
+            kl_anchor_k3=kl_anchor_k3,
+            response_tokens_mean=_mean(lengths),
+            reward_spread=mean_spread(_pairs(proxy)),
+            proxy_length_correlation=spearman(first_proxy, lengths),
+            distinct_1=distinct_share(words, 1),
+            distinct_2=distinct_share(words, 2),
             **({} if gold is None else self._gold_measures(gold, proxy)),
         )
         rows: list[SampleRow] = [
@@ -57,13 +81,17 @@ class HeldoutEvaluator:
                 "step": step,
                 "prompt": prompt.text,
                 "response": responses[index][0],
-                "proxy": float(proxy[index][0]),
+                "proxy": first_proxy[index],
                 "gold": None if gold is None else gold[index][0],
-                "length": len(first[index].sequence.response_ids),
+                "length": lengths[index],
             }
             for index, prompt in enumerate(self.prompts[: self.num_samples_saved])
         ]
         return report, rows
+
+    def _texts(self, samples: tuple[Sample, ...]) -> list[str]:
+        ids = [list(sample.sequence.response_ids) for sample in samples]
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def _gold_scores(self, gold: GoldScorer, responses: list[list[str]]) -> list[list[float]]:
         """Gold scores shaped like ``responses``, from one call of the scorer."""
@@ -72,40 +100,59 @@ class HeldoutEvaluator:
         scores = iter(gold([prompt.text for prompt in owners], list(chain(*responses)), references))
         return [list(islice(scores, len(texts))) for texts in responses]
 
+    @cached_property
+    def _reference_gold(self) -> Values:
+        """Gold scores [N] of the prompts' own references, NaN where there is none."""
+        assert self.gold is not None
+        known = {index: prompt.reference for index, prompt in enumerate(self.prompts) if prompt.reference is not None}
+        scores = np.full(len(self.prompts), np.nan)
+        if known:
+            texts = [self.prompts[index].text for index in known]
+            responses = [reference.strip() for reference in known.values()]
+            scores[list(known)] = self.gold(texts, responses, list(known.values()))
+        return scores
+
     def _gold_measures(self, gold: list[list[float]], proxy: Seq[FloatArray]) -> dict[str, Any]:
         first = np.array([scores[0] for scores in gold])
         if self.sft_gold is None:
             self.sft_gold = first
-        pairs = [[np.asarray(scores) for scores in scored if len(scores) > 1] for scored in (gold, proxy)]
+        has_reference = np.isfinite(self._reference_gold)
+        order = PairOrder(_pairs(gold), _pairs(proxy))
+        by_gap, pairs_by_gap = order.by_gap()
         return {
             "gold_mean": float(first.mean()),
             "gold_se": float(first.std(ddof=1) / np.sqrt(len(first))) if len(first) > 1 else None,
-            "gold_win_rate": win_rate(first, self.sft_gold),
-            "rm_accuracy": pair_accuracy(pairs[0], pairs[1]),
+            **_win_rate_fields("gold_win_rate", first, self.sft_gold),
+            **_win_rate_fields("gold_win_rate_reference", first[has_reference], self._reference_gold[has_reference]),
+            "rm_accuracy": order.accuracy(),
+            "rm_accuracy_by_gap": by_gap,
+            "rm_pairs_by_gap": pairs_by_gap,
+            "rm_pair_loss": order.loss(),
+            "proxy_gold_spearman": spearman([scores[0] for scores in proxy], first),
             "judge": self.gold.statistics if isinstance(self.gold, Judge) else None,
         }
 
 
-def win_rate(gold: npt.NDArray[np.float64], baseline: npt.NDArray[np.float64]) -> float:
-    """Share of the prompts [N] on which ``gold`` is above ``baseline``; a tie counts half."""
-    assert gold.shape == baseline.shape
-    return float((1 + np.sign(gold - baseline)).mean() / 2)
+def _win_rate_fields(name: str, gold: Values, baseline: Values) -> dict[str, float]:
+    """The share and its interval; nothing where there is nothing to compare."""
+    if not len(gold):
+        return {}
+    share = win_rate(gold, baseline)
+    low, high = wilson_interval(share, len(gold))
+    return {name: share, f"{name}_low": low, f"{name}_high": high}
 
 
-def pair_accuracy(gold: npt.ArrayLike, proxy: npt.ArrayLike) -> float | None:
-    """Share of pairs [N, 2] that proxy orders as gold does, a proxy tie counting half; gold ties are left out.
-
-    None if no pair is left.
-    """
-    ours, theirs = (np.sign(np.diff(np.reshape(scores, (-1, 2)))) for scores in (gold, proxy))
-    decided = ours != 0
-    return _mean((1 + ours * theirs)[decided] / 2) if decided.any() else None
+def _mean_kl(first: Seq[Sample], logprobs: Seq[Seq[FloatArray]]) -> tuple[float, float]:
+    """Means over prompts of k1 and k3, nats a response."""
+    terms = [kl_estimates(sample.logprobs, under[0]) for sample, under in zip(first, logprobs, strict=True)]
+    k1, k3 = np.mean(terms, axis=0)
+    return float(k1), float(k3)
 
 
-def _log_ratio(sample: Sample, sft_logprobs: FloatArray) -> float:
-    assert sample.logprobs.shape == sft_logprobs.shape
-    return float(np.sum(sample.logprobs, dtype=np.float64) - np.sum(sft_logprobs, dtype=np.float64))
+def _pairs(scores: Seq[Any]) -> list[Any]:
+    """Those of the prompts with two samples."""
+    return [each for each in scores if len(each) > 1]
 
 
-def _mean(values: Any) -> float:
+def _mean(values: Seq[float]) -> float:
     return float(np.mean(values, dtype=np.float64))

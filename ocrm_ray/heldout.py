@@ -85,14 +85,18 @@ class HeldoutPolicy:
     ) -> None:
         samples = await sampling
         sequences = [sample.sequence for prompt_samples in samples for sample in prompt_samples]
-        (sft,), proxy = await asyncio.gather(
-            self.pools.scoring.score(sequences, ("sft",)), self.pools.reward.score(sequences)
+        (anchor, sft), proxy = await asyncio.gather(
+            self.pools.scoring.score(sequences, ("live", "sft")), self.pools.reward.score(sequences)
         )
         if previous is not None:
             await asyncio.wait([previous])
         bounds = list(pairwise(accumulate(map(len, samples), initial=0)))
         report, rows = await self.pools.evaluator.evaluate(
-            step, samples, [proxy[a:b] for a, b in bounds], [sft[a:b] for a, b in bounds]
+            step,
+            samples,
+            [proxy[a:b] for a, b in bounds],
+            [sft[a:b] for a, b in bounds],
+            [anchor[a:b] for a, b in bounds],
         )
         self.log.evaluation(report)
         self.log.samples(rows)

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
 STAGES = ("generate", "score", "train", "publish")
 POOLS = ("generation", "policy", "scoring", "reward")
-EVALUATED = ("proxy_mean", "gold_mean", "gold_se", "gold_win_rate", "rm_accuracy", "kl_sft", "response_tokens_mean")
-"""What a line has of its evaluation; as ``eval_...`` where the step measures the same."""
+EVALUATED = tuple(f.name for f in fields(EvaluationReport) if f.name not in ("step", "policy_version", "seconds"))
+"""What a line has of its evaluation; KL, and what the step measures too, as ``eval_...``."""
+SUMMARISED = (
+    *("gold_mean", "gold_se", "gold_win_rate", "gold_win_rate_low", "gold_win_rate_high"),
+    *("gold_win_rate_reference", "rm_accuracy"),
+)
 NUM_PEAK_EVALUATIONS = 3
 
 
@@ -134,7 +138,7 @@ class RunLog(AbstractContextManager["RunLog"]):
             line = asdict(self._waiting.popleft())
             report = self._evaluations.pop(line["step"], None)
             for name in EVALUATED:
-                line[f"eval_{name}" if name in line else name] = getattr(report, name, None)
+                line[f"eval_{name}" if name in line or name.startswith("kl_") else name] = getattr(report, name, None)
             self._metrics.write(line)
             self._write_board(line["step"], line)
 
@@ -202,7 +206,7 @@ def summary_of(metrics: Sequence[Row]) -> dict[str, Any]:
     last = evaluations[-1] if evaluations else {}
     peak = gold_peak([row["gold_mean"] for row in evaluations if row.get("gold_mean") is not None])
     return {
-        **{key: last.get(key) for key in ("gold_mean", "gold_se", "gold_win_rate")},
+        **{key: last.get(key) for key in SUMMARISED},
         "gold_peak": peak,
         "gold_drop_from_peak": None if peak is None or last.get("gold_mean") is None else peak - last["gold_mean"],
         "proxy_mean": last.get("proxy_mean"),

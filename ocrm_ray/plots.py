@@ -1,9 +1,10 @@
 """The pictures of a run and of a study, through matplotlib's object API: no state of pyplot is touched."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,79 @@ MAX_LABELLED = 30
 WHOLE: Mapping[str, Any] = {"nbins": 8, "steps": [1, 2, 5, 10], "integer": True}
 """Ticks of updates and corrections."""
 NUM_SMOOTHED = 9
+X_LABELS = DISTANCES | {"snapshot_version": "policy version of the snapshot"}
+BY_GAP = tuple(f"rm_accuracy_by_gap/{third}" for third in ("small", "middle", "large"))
+
+
+class Panel(NamedTuple):
+    """Curves (key, label, colour, dash) over ``x_key``; a unit with a % sign shows shares times 100."""
+
+    title: str
+    unit: str
+    curves: tuple[tuple[str, str, str, str], ...]
+    x_key: str = "step"
+    y_scale: str = "linear"
+
+
+BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, _ = COLORS
+POLICY = (
+    Panel(
+        "KL of the policy",
+        "nats a response",
+        (
+            ("eval_kl_sft", "from SFT, k1", BLUE, "-"),
+            ("eval_kl_sft_k3", "from SFT, k3", BLUE, "--"),
+            ("eval_kl_anchor", "from the anchor, k1", VERMILION, "-"),
+            ("eval_kl_anchor_k3", "from the anchor, k3", VERMILION, "--"),
+        ),
+    ),
+    Panel(
+        "Gold win rate",
+        "% of the prompts",
+        (
+            ("gold_win_rate", "against SFT", BLUE, "-"),
+            ("gold_win_rate_reference", "against the references", GREEN, "-"),
+        ),
+    ),
+    Panel(
+        "Diversity of the responses",
+        "distinct, % of all",
+        (("distinct_1", "tokens", BLUE, "-"), ("distinct_2", "pairs of tokens", GREEN, "-")),
+    ),
+    Panel("Response length", "tokens", (("eval_response_tokens_mean", "", BLUE, "-"),)),
+)
+REWARD_MODEL = (
+    Panel(
+        "RM accuracy on on-policy pairs",
+        "ordered as gold orders them (%)",
+        (
+            ("rm_accuracy", "all pairs", GREEN, "-"),
+            (BY_GAP[0], "small gold difference", ORANGE, "--"),
+            (BY_GAP[1], "middle", SKY, "--"),
+            (BY_GAP[2], "large", BLUE, "--"),
+        ),
+    ),
+    Panel(
+        "RM loss and spread on on-policy pairs",
+        "loss in nats; spread below 0.5",
+        (("rm_pair_loss", "pair loss", VERMILION, "-"), ("reward_spread", "spread J", PINK, "-")),
+    ),
+    Panel(
+        "Rank correlation of the proxy",
+        "Spearman, over prompts",
+        (("proxy_gold_spearman", "with gold", BLUE, "-"), ("proxy_length_correlation", "with length", ORANGE, "-")),
+    ),
+    Panel(
+        "Weights of each correction",
+        "%",
+        (
+            ("ess_fraction", "effective sample size, of the pairs", GREEN, "-"),
+            ("max_weight_share", "largest weight, of the sum", VERMILION, "-"),
+        ),
+        x_key="snapshot_version",
+        y_scale="log",
+    ),
+)
 
 
 def draw_run(run: Run) -> "dict[str, Figure]":
@@ -37,7 +111,8 @@ def draw_run(run: Run) -> "dict[str, Figure]":
     with matplotlib.rc_context(fname=STYLE):
         pictures = {
             "rewards": _draw_rewards({run.run_dir.name: [run]}, windows) if run.evaluations else None,
-            "reward_model": _draw_reward_model(run, windows),
+            "policy": _draw_panels(POLICY, run, windows),
+            "reward_model": _draw_panels(REWARD_MODEL, run, windows),
             "corrections": _draw_corrections(updates, windows) if updates else None,
             "times": _draw_times(updates) if updates else None,
         }
@@ -107,23 +182,37 @@ def _draw_arm(axes: "Axes", runs: Sequence[Run], keys: tuple[str, str], line: Ma
         axes.fill_between(x, y - error, y + error, color=line["color"], alpha=0.2, linewidth=0)
 
 
-def _draw_reward_model(run: Run, windows: Sequence[CorrectionWindow]) -> "Figure | None":
-    """Accuracy on on-policy pairs and each correction's effective sample size, as far as they were measured."""
-    accuracy = ("RM accuracy on on-policy pairs", "policy updates", "ordered as gold orders them (%)", "linear")
-    ess = ("Effective sample size of each correction", "policy version of the snapshot", "ESS (% of the pairs)", "log")
-    panels = {
-        accuracy: [(row["step"], row.get("rm_accuracy")) for row in run.evaluations],
-        ess: [(window.snapshot_version, window.ess_fraction) for window in windows],
-    }
-    known = {texts: [point for point in points if point[1] is not None] for texts, points in panels.items()}
-    shown = {texts: np.array(points, float) for texts, points in known.items() if points}
+def _draw_panels(panels: Sequence[Panel], run: Run, windows: Sequence[CorrectionWindow]) -> "Figure | None":
+    """Those of the panels that have something to show, two in a row; a ``_low`` and a ``_high`` become a band."""
+    thirds = [dict(zip(BY_GAP, row.get("rm_accuracy_by_gap") or (), strict=False)) for row in run.evaluations]
+    sources = {"step": [row | each for row, each in zip(run.evaluations, thirds, strict=True)]}
+    sources["snapshot_version"] = [vars(window) for window in windows]
+    known = {panel: [curve for curve in panel.curves if _is_known(sources[panel.x_key], curve[0])] for panel in panels}
+    shown = [panel for panel in panels if known[panel]]
     if not shown:
         return None
-    figure, grid = _panels(1, len(shown), 2.9)
-    for axes, ((title, x_label, y_label, scale), points) in zip(grid[0], shown.items(), strict=True):
-        axes.plot(points[:, 0], 100 * points[:, 1], "o-", color=COLORS[2])
-        axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale=scale)
+    num_columns = min(len(shown), 2)
+    num_rows = math.ceil(len(shown) / num_columns)
+    figure, grid = _panels(num_rows, num_columns, 0.3 + 2.7 * num_rows)
+    for axes, panel in zip(grid.flat, shown, strict=False):
+        rows, factor = sources[panel.x_key], 100 if "%" in panel.unit else 1
+        for key, label, color, dash in known[panel]:
+            x, y, low, high = (column(rows, name) for name in (panel.x_key, key, f"{key}_low", f"{key}_high"))
+            at = np.isfinite(y)
+            width = 0.9 if key in BY_GAP else None
+            axes.plot(x[at], factor * y[at], dash, color=color, marker="o", linewidth=width, markersize=3, label=label)
+            axes.fill_between(x, factor * low, factor * high, color=color, alpha=0.15, linewidth=0)
+        axes.set(title=panel.title, xlabel=X_LABELS[panel.x_key], ylabel=panel.unit, yscale=panel.y_scale)
+        axes.locator_params("x", **WHOLE)
+        if len(known[panel]) > 1:
+            axes.legend(fontsize="small")
+    for axes in grid.flat[len(shown) :]:
+        axes.remove()
     return figure
+
+
+def _is_known(rows: Sequence[Row], key: str) -> bool:
+    return bool(np.isfinite(column(rows, key)).any())
 
 
 def _draw_corrections(updates: Sequence[Row], windows: Sequence[CorrectionWindow]) -> "Figure":

@@ -121,10 +121,15 @@ class Evaluator(Protocol):
     """Measures held-out samples; an actor of its own."""
 
     async def evaluate(
-        self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[FloatArray], sft_logprobs: Seq[Seq[FloatArray]]
+        self,
+        step: int,
+        samples: Seq[tuple[Sample, ...]],
+        proxy: Seq[FloatArray],
+        sft_logprobs: Seq[Seq[FloatArray]],
+        anchor_logprobs: Seq[Seq[FloatArray]],
     ) -> tuple[EvaluationReport, list[dict[str, object]]]:
-        """``samples[i]`` are the samples of evaluation prompt i, with their proxy scores and SFT log-probs. Returns
-        the report and the rows of samples.jsonl."""
+        """``samples[i]`` are the samples of evaluation prompt i, with their proxy scores and their log-probs under
+        the SFT model and the anchor. Returns the report and the rows of samples.jsonl."""
 
     async def gold_of(self, prompts: Seq[Prompt], sequences: Seq[Sequence]) -> list[float]:
         """Gold scores [N] of the responses; ``prompts[i]`` is what ``sequences[i]`` answers."""

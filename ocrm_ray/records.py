@@ -193,19 +193,50 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """One evaluation on the held-out prompts; gold fields are None where there is no gold scorer."""
+    """One evaluation on the held-out prompts, of the first sample of each.
+
+    Gold fields are None where there is no gold scorer, those of pairs where no prompt has two samples. KL in nats a
+    response, mean over prompts: k1 sums log pi - log ref over the tokens, k3 sums exp(-l) - 1 + l of the same l.
+    ``_low`` and ``_high``: 95 % Wilson interval.
+    """
 
     step: int
     policy_version: int
     proxy_mean: float
     kl_sft: float
     response_tokens_mean: float
+    kl_sft_k3: float
+    kl_anchor: float
+    """From the anchor that is live when the samples are scored."""
+    kl_anchor_k3: float
     gold_mean: float | None = None
     gold_se: float | None = None
     gold_win_rate: float | None = None
     """Against the SFT model's responses of the first evaluation; a tie counts half."""
+    gold_win_rate_low: float | None = None
+    gold_win_rate_high: float | None = None
+    gold_win_rate_reference: float | None = None
+    """Against the prompts' reference responses, of the prompts that have one; a tie counts half."""
+    gold_win_rate_reference_low: float | None = None
+    gold_win_rate_reference_high: float | None = None
     rm_accuracy: float | None = None
     """Share of on-policy pairs (gold ties left out) that the live RM orders as gold does."""
+    rm_accuracy_by_gap: list[float | None] | None = None
+    """The same of each third of the pairs by the size of gold's difference, the smallest first."""
+    rm_pairs_by_gap: list[int] | None = None
+    """Pairs in each third."""
+    rm_pair_loss: float | None = None
+    """Bradley-Terry loss of the live RM on these pairs with gold's preferences, nats a pair."""
+    reward_spread: float | None = None
+    """MetaRM's J: mean over prompts with two samples of sigmoid|r1 - r2| / 2 of the live RM, in [0.25, 0.5)."""
+    proxy_gold_spearman: float | None = None
+    """Rank correlation over prompts; None where one of the two does not vary."""
+    proxy_length_correlation: float | None = None
+    """Rank correlation of proxy and response tokens."""
+    distinct_1: float | None = None
+    """Distinct token ids as a share of all response tokens, EOS left out."""
+    distinct_2: float | None = None
+    """The same of pairs of neighbouring tokens."""
     judge: JudgeStatistics | None = None
     """Where gold is a judge: of the labels and all evaluations since its process started."""
     seconds: float = 0.0

@@ -55,6 +55,8 @@ class CorrectionWindow:
     reward_version: int | None = None
     policy_version: int | None = None
     ess_fraction: float | None = None
+    max_weight_share: float | None = None
+    log_weight_std: float | None = None
     lag_steps: int | None = None
     num_rollouts_finished: int | None = None
 
@@ -142,6 +144,7 @@ def correction_windows(run: Run) -> list[CorrectionWindow]:
         elif windows and windows[-1].outcome == "in flight":
             told: Row = {PHASE_ENDS[name]: now} if name in PHASE_ENDS else {}
             told |= {"outcome": OUTCOMES[name], "ended_s": now} if name in OUTCOMES else {}
-            told |= {key: event[key] for key in vars(windows[-1]).keys() & event} if name == "promoted" else {}
+            tells = name in ("ratios_scored", "promoted")
+            told |= {key: event[key] for key in vars(windows[-1]).keys() & event} if tells else {}
             vars(windows[-1]).update(told)
     return windows

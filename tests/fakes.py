@@ -131,7 +131,7 @@ class FakePolicy:
 
 @dataclass
 class FakeScoring:
-    """Anchor and SFT log-probs of zero, ratios after ``ratio_s``."""
+    """Anchor and SFT log-probs of zero, or ``logprob`` a token, ratios after ``ratio_s``."""
 
     score_s: float = 0.1
     ratio_s: float = 0.5
@@ -140,13 +140,15 @@ class FakeScoring:
     promoted: str = "live"
     snapshots: list[int] = field(default_factory=list)
     scored: list[tuple[str, int]] = field(default_factory=list)
+    logprob: dict[str, float] = field(default_factory=dict)
 
     async def score(self, sequences: Seq[Sequence], models: Seq[str] = ("live", "sft")) -> list[list[np.ndarray]]:
         for model in models:
             assert model in ("live", "sft", self.promoted) or model in self.staged
             self.scored.append((model, len(sequences)))
         await asyncio.sleep(self.score_s)
-        return [[np.zeros(len(sequence.response_ids), dtype=np.float32) for sequence in sequences] for _ in models]
+        values = [self.logprob.get(model, 0.0) for model in models]
+        return [[np.full(len(each.response_ids), value, dtype=np.float32) for each in sequences] for value in values]
 
     async def pair_logprobs(self, weights: PolicyWeights | None, indices: np.ndarray) -> np.ndarray:
         await asyncio.sleep(self.ratio_s)
@@ -207,19 +209,32 @@ class FakeReward:
 
 @dataclass
 class FakeEvaluator:
-    """Remembers which policy versions it was given."""
+    """Remembers which policy versions it was given, and which log-probs of the networks that it compares with."""
 
     versions: dict[int, set[int]] = field(default_factory=dict)
     gold: dict[int, float] = field(default_factory=dict)
     judge: JudgeStatistics | None = None
+    references: dict[int, dict[str, set[float]]] = field(default_factory=dict)
 
     async def evaluate(
-        self, step: int, samples: Seq[tuple[Sample, ...]], proxy: Seq[np.ndarray], sft_logprobs: Seq[Seq[np.ndarray]]
+        self,
+        step: int,
+        samples: Seq[tuple[Sample, ...]],
+        proxy: Seq[np.ndarray],
+        sft_logprobs: Seq[Seq[np.ndarray]],
+        anchor_logprobs: Seq[Seq[np.ndarray]],
     ) -> tuple[EvaluationReport, list[dict[str, object]]]:
         self.versions[step] = {s.first_version for group in samples for s in group} | {
             s.last_version for group in samples for s in group
         }
-        return EvaluationReport(step, step, 0.0, 0.0, 2.0, gold_mean=self.gold.get(step), judge=self.judge), []
+        told = {"sft": sft_logprobs, "anchor": anchor_logprobs}
+        self.references[step] = {
+            name: {float(value) for rows in given for row in rows for value in row} for name, given in told.items()
+        }
+        kl = {key: 0.0 for key in ("kl_sft", "kl_sft_k3", "kl_anchor", "kl_anchor_k3")}
+        gold = self.gold.get(step)
+        report = EvaluationReport(step, step, 0.0, response_tokens_mean=2.0, gold_mean=gold, judge=self.judge, **kl)
+        return report, []
 
     async def gold_of(self, prompts: Seq[Prompt], sequences: Seq[Sequence]) -> list[float]:
         """The number of tokens above 5."""

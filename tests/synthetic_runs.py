@@ -50,16 +50,36 @@ def kl_at(step: int, shape: Shape) -> float:
 
 def evaluation(step: int, shape: Shape, noise: np.random.Generator) -> EvaluationReport:
     gold = gold_at(step, shape) + 0.08 * noise.standard_normal()
+    win_rate, accuracy = 1 / (1 + math.exp(-gold / 2)), 0.72 - 0.0009 * shape.decline * 8 * step
+    of_gold = {
+        "gold_mean": gold,
+        "gold_se": 0.06,
+        "gold_win_rate": win_rate,
+        "gold_win_rate_low": win_rate - 0.02,
+        "gold_win_rate_high": win_rate + 0.03,
+        "gold_win_rate_reference": win_rate - 0.1,
+        "gold_win_rate_reference_low": win_rate - 0.12,
+        "gold_win_rate_reference_high": win_rate - 0.07,
+        "rm_accuracy": accuracy,
+        "rm_accuracy_by_gap": [accuracy - 0.1, accuracy if step % 20 else None, accuracy + 0.1],
+        "rm_pairs_by_gap": [85, 85, 86],
+        "rm_pair_loss": 0.6 + 0.002 * step,
+        "proxy_gold_spearman": 0.6 - 0.003 * step,
+    }
     return EvaluationReport(
         step=step,
         policy_version=step,
         proxy_mean=proxy_at(step) + 0.05 * noise.standard_normal(),
         kl_sft=kl_at(step, shape) * (1 + 0.03 * noise.standard_normal()),
         response_tokens_mean=11.4,
-        gold_mean=gold if shape.gold else None,
-        gold_se=0.06 if shape.gold else None,
-        gold_win_rate=1 / (1 + math.exp(-gold / 2)) if shape.gold else None,
-        rm_accuracy=0.72 - 0.0009 * shape.decline * 8 * step if shape.gold else None,
+        kl_sft_k3=kl_at(step, shape),
+        kl_anchor=kl_at(step % 20, shape),
+        kl_anchor_k3=1.1 * kl_at(step % 20, shape),
+        reward_spread=0.4 - 0.0005 * step,
+        proxy_length_correlation=0.1 + 0.002 * step,
+        distinct_1=0.02 * math.exp(-step / 200),
+        distinct_2=0.3 * math.exp(-step / 100),
+        **(of_gold if shape.gold else {}),
     )
 
 
@@ -116,12 +136,14 @@ def write_run(run_dir: Path, shape: Shape) -> Path:
 def write_correction(log: RunLog, step: int, phase: int, shape: Shape, clock: Clock) -> None:
     """Ratios, refit and promotion spread over the four steps after a multiple of k."""
     snapshot = step - phase
+    ess_fraction = 0.5 * math.exp(-(snapshot - 20) / 25)
     if phase == 0:
         log.event("correction_started", snapshot_version=step, strategy="ocrm")
     elif snapshot <= shape.every:
         return
     elif phase == 1 and shape.weighted:
-        log.event("ratios_scored", snapshot_version=snapshot, num_pairs=19_000, ess_fraction=0.5, max_weight=31.0)
+        weights = {"ess_fraction": ess_fraction, "max_weight_share": 1e-4 / ess_fraction, "log_weight_std": 1.25}
+        log.event("ratios_scored", snapshot_version=snapshot, num_pairs=19_000, **weights)
     elif phase == 3:
         log.event("refit_finished", snapshot_version=snapshot, reward_version=snapshot // 10 - 1, refit_s=2.5)
     elif phase == 4:
@@ -130,7 +152,7 @@ def write_correction(log: RunLog, step: int, phase: int, shape: Shape, clock: Cl
             reward_version=snapshot // 10 - 1,
             snapshot_version=snapshot,
             policy_version=step,
-            ess_fraction=0.5 * math.exp(-(snapshot - 20) / 25) if shape.weighted else None,
+            ess_fraction=ess_fraction if shape.weighted else None,
             refit_s=5.2,
             lag_steps=4,
             num_rollouts_finished=64 + snapshot,

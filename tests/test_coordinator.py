@@ -188,6 +188,12 @@ def test_an_evaluation_samples_one_exact_version(tmp_path: Path) -> None:
     assert fakes.evaluator.versions == {0: {0}, 6: {6}, 12: {12}}
 
 
+def test_an_evaluation_is_measured_against_the_anchor_as_well_as_the_sft_model(tmp_path: Path) -> None:
+    fakes = FakePools(scoring=FakeScoring(logprob={"live": -0.25, "sft": -0.5}))
+    run(tiny_run(), fakes, tmp_path)
+    assert fakes.evaluator.references == {step: {"sft": {-0.5}, "anchor": {-0.25}} for step in (0, 6, 12)}
+
+
 def test_the_policy_of_the_best_gold_is_kept_beside_the_last_one(tmp_path: Path) -> None:
     fakes = FakePools()
     fakes.evaluator.gold = {0: 9.0, 4: 1.0, 8: 3.0, 12: 2.0}

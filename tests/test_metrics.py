@@ -2,6 +2,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ def report(number: int, gold: float | None = None, **fields: object) -> Evaluati
         policy_version=number,
         proxy_mean=0.5,
         kl_sft=2.25,
+        kl_sft_k3=2.5,
+        kl_anchor=1.25,
+        kl_anchor_k3=1.5,
         response_tokens_mean=9.0,
         gold_mean=gold,
         **fields,
@@ -56,7 +60,21 @@ def test_an_evaluation_that_comes_before_its_step_is_kept_for_it(tmp_path: Path)
     (row,) = read_lines(tmp_path / "metrics.jsonl")
     measured = ("proxy_mean", "gold_mean", "gold_se", "gold_win_rate", "rm_accuracy", "eval_kl_sft")
     assert [row[key] for key in measured] == [0.5, 1.5, 0.25, 0.75, 0.625, 2.25]
+    assert [row[f"eval_kl_{name}"] for name in ("sft_k3", "anchor", "anchor_k3")] == [2.5, 1.25, 1.5]
     assert (row["eval_response_tokens_mean"], row["kl_sft"], row["response_tokens_mean"]) == (9.0, 1.75, None)
+
+
+def test_every_measure_of_an_evaluation_is_in_its_line(tmp_path: Path) -> None:
+    names = [field.name for field in fields(EvaluationReport)]
+    values = {name: float(number) for number, name in enumerate(names, start=100)} | {"step": 0, "policy_version": 0}
+    values["rm_accuracy_by_gap"] = [0.5, None, 0.75]
+    with RunLog(tmp_path, Clock()) as log:
+        log.hold(0)
+        log.evaluation(EvaluationReport(**values))
+    (row,) = read_lines(tmp_path / "metrics.jsonl")
+    for name in set(names) - {"seconds"}:
+        key = f"eval_{name}" if name.startswith("kl_") or name == "response_tokens_mean" else name
+        assert row[key] == values[name], name
 
 
 def test_two_evaluations_in_the_wrong_order_still_give_lines_in_step_order(tmp_path: Path) -> None:
@@ -265,13 +283,15 @@ def test_the_peak_is_the_largest_mean_of_three_neighbouring_evaluations(gold: li
 
 
 def test_the_summary_holds_the_last_evaluation_the_peak_and_the_drop(tmp_path: Path) -> None:
+    interval = {"gold_win_rate_low": 0.5, "gold_win_rate_high": 0.7}
+    win_rates = {"gold_win_rate": 0.6, **interval, "gold_win_rate_reference": 0.25}
     with RunLog(tmp_path, Clock()) as log:
         for number, gold in ((0, 0.0), (2, 3.0), (4, 6.0), (6, 3.0), (8, 1.0)):
             log.hold(number)
             if number:
                 log.step(step(number - 1))
                 log.step(step(number))
-            log.evaluation(report(number, gold=gold, gold_se=0.1, gold_win_rate=0.6))
+            log.evaluation(report(number, gold=gold, gold_se=0.1, **win_rates, rm_accuracy=0.625))
         log.step(step(9))
     summary = summarise(tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
@@ -279,6 +299,10 @@ def test_the_summary_holds_the_last_evaluation_the_peak_and_the_drop(tmp_path: P
         "gold_mean": 1.0,
         "gold_se": 0.1,
         "gold_win_rate": 0.6,
+        "gold_win_rate_low": 0.5,
+        "gold_win_rate_high": 0.7,
+        "gold_win_rate_reference": 0.25,
+        "rm_accuracy": 0.625,
         "gold_peak": 4.0,
         "gold_drop_from_peak": 3.0,
         "proxy_mean": 0.5,
@@ -290,5 +314,5 @@ def test_the_summary_holds_the_last_evaluation_the_peak_and_the_drop(tmp_path: P
 
 def test_the_summary_of_a_run_without_gold_has_null_gold_and_the_rest() -> None:
     summary = summary_of([{"step": 4, "time_s": 8.0, "proxy_mean": 1.5, "gold_mean": None, "eval_kl_sft": 0.5}])
-    assert [summary[key] for key in summary if key.startswith("gold")] == [None] * 5
+    assert [summary[key] for key in summary if key.startswith(("gold", "rm"))] == [None] * 9
     assert (summary["proxy_mean"], summary["kl_sft"], summary["steps"], summary["wall_s"]) == (1.5, 0.5, 4, 8.0)

@@ -13,7 +13,7 @@ from ocrm_ray.plots import draw_run
 from ocrm_ray.report import figure_text, render_report, write_report
 from ocrm_ray.run_files import correction_windows, read_jsonl, read_run
 
-PICTURES = {"rewards", "reward_model", "corrections", "times"}
+PICTURES = {"rewards", "policy", "reward_model", "corrections", "times"}
 TIMES = ((1, 2.0), (2, 1.0), (3, 9.0))
 
 
@@ -46,7 +46,7 @@ def steps(run_dir: Path, *rows: dict[str, object]) -> None:
 def test_the_page_shows_the_numbers_of_the_files(full_run: Path) -> None:
     page = (full_run / "report.html").read_text(encoding="utf-8")
     summary = json.loads((full_run / "summary.json").read_text())
-    for key in ("gold_mean", "gold_se", "gold_win_rate", "gold_peak", "gold_drop_from_peak", "proxy_mean", "kl_sft"):
+    for key in set(summary) - {"steps", "wall_s"}:
         assert f"{summary[key]:.3f}" in page, key
     assert "Finished: 140 policy updates." in page
     promoted = [row for row in read_lines(full_run / "events.jsonl") if row["event"] == "promoted"]
@@ -84,23 +84,61 @@ def test_accuracy_ess_idle_and_stage_lines_are_those_of_the_files(full_run: Path
     updates = [row for row in rows if row["step_s"] is not None]
     accuracy = line_of(full_run, "reward_model", 0, 0)[1]
     np.testing.assert_allclose(accuracy, [100 * row["rm_accuracy"] for row in evaluated])
-    promoted = [row for row in read_lines(full_run / "events.jsonl") if row["event"] == "promoted"]
-    at, ess = line_of(full_run, "reward_model", 1, 0)
-    assert at == [row["snapshot_version"] for row in promoted]
-    np.testing.assert_allclose(ess, [100 * row["ess_fraction"] for row in promoted])
+    weighted = [row for row in read_lines(full_run / "events.jsonl") if row["event"] == "ratios_scored"]
+    for line, key in enumerate(("ess_fraction", "max_weight_share")):
+        at, share = line_of(full_run, "reward_model", 3, line)
+        assert at == [row["snapshot_version"] for row in weighted]
+        np.testing.assert_allclose(share, [100 * row[key] for row in weighted])
     train, idle = line_of(full_run, "times", 0, 4), line_of(full_run, "times", 1, 6)
     assert train == ([row["step"] for row in updates], [row["stage_s"]["train"] for row in updates])
     np.testing.assert_allclose(idle[1], [100 * row["idle_share"]["reward"] for row in updates])
+
+
+MEASURED = [
+    ("policy", 0, ["eval_kl_sft", "eval_kl_sft_k3", "eval_kl_anchor", "eval_kl_anchor_k3"], 1),
+    ("policy", 1, ["gold_win_rate", "gold_win_rate_reference"], 100),
+    ("policy", 2, ["distinct_1", "distinct_2"], 100),
+    ("policy", 3, ["eval_response_tokens_mean"], 1),
+    ("reward_model", 1, ["rm_pair_loss", "reward_spread"], 1),
+    ("reward_model", 2, ["proxy_gold_spearman", "proxy_length_correlation"], 1),
+]
+
+
+@pytest.mark.parametrize(("picture", "axes", "keys", "factor"), MEASURED)
+def test_what_is_measured_is_drawn(full_run: Path, picture: str, axes: int, keys: list[str], factor: int) -> None:
+    rows = [row for row in read_lines(full_run / "metrics.jsonl") if row["proxy_mean"] is not None]
+    lines = draw_run(read_run(full_run))[picture].axes[axes].get_lines()
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
+    assert drawn == [([row["step"] for row in rows], [factor * row[key] for row in rows]) for key in keys]
+
+
+def test_a_win_rate_has_its_interval_as_a_band(full_run: Path) -> None:
+    rows = [row for row in read_lines(full_run / "metrics.jsonl") if row["proxy_mean"] is not None]
+    ours, references = draw_run(read_run(full_run))["policy"].axes[1].collections
+    for band, key in ((ours, "gold_win_rate"), (references, "gold_win_rate_reference")):
+        corners = {tuple(corner) for path in band.get_paths() for corner in np.round(path.vertices, 9)}
+        ends = {(row["step"], round(100 * row[f"{key}_{end}"], 9)) for row in rows for end in ("low", "high")}
+        assert corners >= ends
+
+
+def test_accuracy_by_gap_leaves_empty_thirds_out(full_run: Path) -> None:
+    rows = [row for row in read_lines(full_run / "metrics.jsonl") if row["rm_accuracy_by_gap"]]
+    for third in range(3):
+        known = [
+            (row["step"], 100 * row["rm_accuracy_by_gap"][third]) for row in rows if row["step"] % 20 or third != 1
+        ]
+        assert list(zip(*line_of(full_run, "reward_model", 0, 1 + third), strict=True)) == known
 
 
 def test_a_correction_window_holds_what_its_events_tell(tmp_path: Path) -> None:
     steps(tmp_path, {"step": 7, "time_s": 14.0})
     told = {"reward_version": 1, "policy_version": 5, "ess_fraction": 0.25, "lag_steps": 3, "num_rollouts_finished": 24}
     started = {"event": "correction_started", "snapshot_version": 2}
+    weights = {"max_weight_share": 0.125, "log_weight_std": 2.5}
     events(
         tmp_path,
         {"time_s": 4.0, **started},
-        {"time_s": 6.5, "event": "ratios_scored"},
+        {"time_s": 6.5, "event": "ratios_scored", **weights},
         {"time_s": 9.0, "event": "refit_finished"},
         {"time_s": 10.0, "event": "promoted", **told},
         {"time_s": 10.5, **started},
@@ -112,7 +150,7 @@ def test_a_correction_window_holds_what_its_events_tell(tmp_path: Path) -> None:
     first, *others = correction_windows(read_run(tmp_path))
     assert (first.started_s, first.scored_s, first.refitted_s, first.ended_s) == (4.0, 6.5, 9.0, 10.0)
     assert (first.outcome, first.snapshot_version) == ("promoted", 2)
-    assert {key: getattr(first, key) for key in told} == told
+    assert {key: getattr(first, key) for key in told | weights} == told | weights
     assert [(window.outcome, window.started_s, window.ended_s) for window in others] == [
         ("failed", 10.5, 11.0),
         ("cut off", 11.5, 12.0),
@@ -144,14 +182,27 @@ def test_a_run_without_gold_says_so_and_shows_the_proxy_alone(tmp_path: Path) ->
     page = page_of(run_dir)
     assert "No gold reward was measured" in page
     assert "Gold peak" not in page
-    assert len(draw_run(read_run(run_dir))["rewards"].axes) == 2
+    pictures = draw_run(read_run(run_dir))
+    assert len(pictures["rewards"].axes) == 2
+    assert [axes.get_title("left") for axes in pictures["policy"].axes] == [
+        "KL of the policy",
+        "Diversity of the responses",
+        "Response length",
+    ]
+
+
+def test_a_run_of_an_older_version_is_drawn_as_far_as_it_was_measured(tmp_path: Path) -> None:
+    steps(tmp_path, {"step": 0, "time_s": 0.0, "proxy_mean": 0.5, "eval_kl_sft": 0.0, "rm_accuracy": 0.75})
+    pictures = draw_run(read_run(tmp_path))
+    drawn = {name: [len(axes.get_lines()) for axes in pictures[name].axes] for name in ("policy", "reward_model")}
+    assert drawn == {"policy": [1], "reward_model": [1]}
 
 
 def test_a_run_without_corrections_says_so(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", Shape(num_updates=20, correct=False))
     page = page_of(run_dir)
     pictures = draw_run(read_run(run_dir))
-    assert [len(pictures[name].axes) for name in ("reward_model", "corrections")] == [1, 1]
+    assert [len(pictures[name].axes) for name in ("reward_model", "corrections")] == [3, 1]
     assert "No correction was started" in page
     assert "No gold reward" not in page
 
