@@ -67,7 +67,12 @@ def forget_training(run_dir: Path) -> None:
 async def _run(config: RunConfig, shared_memory: Path, display: ProgressDisplay, arm: str | None) -> dict[str, object]:
     """Run the coordinator's actor to its end and return its summary; its own error is raised here."""
     spec = ActorSpec(
-        "coordinator", "actors.ray_cluster:RunActor", (config, shared_memory), threads=1, asynchronous=True
+        "coordinator",
+        "actors.ray_cluster:RunActor",
+        (config, shared_memory),
+        threads=1,
+        asynchronous=True,
+        secrets=config.secrets,
     )
     coordinator = await CoordinatorPool.start([spec], [{"CPU": COORDINATOR_CPUS}], config.deadlines)
     try:

@@ -156,7 +156,7 @@ class RayCluster:
             case _:
                 prompts = read_prompts(paths.root / "data" / "heldout.jsonl")[: self.config.evaluation.num_prompts]
                 specs = self._alike("actors.evaluation:EvaluationActor", pool, paths.sft, tuple(prompts))
-                return [replace(spec, concurrency=1) for spec in specs]
+                return [replace(spec, concurrency=1, secrets=self.config.secrets) for spec in specs]
 
     def _refitter(self, reward_path: str | None) -> ActorSpec:
         arguments = self.paths.sft, reward_path, self.config.run_dir

@@ -23,7 +23,7 @@ from ocrm_ray.errors import ActorDiedError, DeadlineError, RunError
 PROGRESS_S = 0.5
 """Between questions how far an actor is."""
 _FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR")
-_SECRET = ("HF_TOKEN",)
+_SECRETS = ("HF_TOKEN",)
 _COLOUR = re.compile(r"\x1b\[\d+m")
 
 
@@ -33,7 +33,8 @@ class ActorSpec:
 
     ``threads``: arithmetic threads of the process. ``asynchronous``: its methods are coroutines. ``concurrency``:
     calls that a synchronous one answers side by side. ``environment``: further variables, set before it starts.
-    ``yields``: its process works only when no other wants the core (Linux).
+    ``yields``: its process works only when no other wants the core (Linux). ``secrets``: names of variables that it
+    gets from this process and that no log may show, beside the Hub's token.
     """
 
     role: str
@@ -43,6 +44,7 @@ class ActorSpec:
     asynchronous: bool = False
     concurrency: int = 1
     yields: bool = False
+    secrets: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -178,6 +180,6 @@ def spawn(spec: ActorSpec, group: PlacementGroup, bundle: int) -> RemoteActor:
             runtime_env={"env_vars": actor_environment(spec, os.environ)},
         )
         # secrets travel as an argument: Ray writes runtime environments to its logs
-        .remote(spec, {name: os.environ[name] for name in _SECRET if name in os.environ})
+        .remote(spec, {name: os.environ[name] for name in (*_SECRETS, *spec.secrets) if name in os.environ})
     )
     return RemoteActor(spec.role, handle)

@@ -171,14 +171,14 @@ class RewardRefitter:
         return RewardFit(self.config, training, data, seed, meta, views)
 
     def _data(self, request: RefitRequest) -> FitData:
-        """The request's pairs, the extra ones behind those of the run, and its groups if any has two responses."""
+        """The request's pairs, the extra ones behind those of the run, and its groups if two have two responses."""
         train, indices, weights = self._train, request.indices, request.weights
         if request.extra_pairs:
             train = self._table([*self._sequences, *chain.from_iterable(request.extra_pairs)])
             indices = np.concatenate([indices, np.arange(len(self._train) // 2, len(train) // 2)])
             assert weights is None, "extra pairs come without weights"
         groups = ResponseGroups(request.groups, self._tokenizer.pad_token_id, self.config.share_prompts)
-        return FitData(train, indices, weights, self._heldout, groups if len(groups) else None)
+        return FitData(train, indices, weights, self._heldout, groups if len(groups) > 1 else None)
 
     def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
         return SequenceTable(sequences, self._tokenizer.pad_token_id, self.config.share_prompts)

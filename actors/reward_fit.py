@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.training_engine import EngineSettings, TrainingEngine
-from ocrm_ray.algorithm.multiview import MultiView
+from ocrm_ray.algorithm.multiview import MultiView, grown_coefficient
 from ocrm_ray.algorithm.reward_spread import ascent_step
 from ocrm_ray.batches import SequenceTable, length_chunks
 from ocrm_ray.config import MetaStep, RepresentationLoss, RewardTraining, RunConfig
@@ -92,7 +92,7 @@ class RewardFit:
         training, num_pairs = self.training, len(self.data.indices)
         batches = epoch_batches(num_pairs, training.batch_size, training.num_epochs, self.seed)
         last_epoch = len(batches) - len(batches) // training.num_epochs
-        loss = 0.0
+        loss, self.progress = 0.0, (0, len(batches))
         for step, batch in enumerate(batches):
             batch_loss = self._step(batch, cosine_factor(step, len(batches)))
             self.progress = (step + 1, len(batches))
@@ -169,7 +169,8 @@ class RewardFit:
         first, second = last_token_states(self._engine.forward, micro).float().chunk(2)
         shape = (2, len(first), views.latent_size)
         noise = torch.from_numpy(self._rng.standard_normal(shape, dtype=np.float32)).to(self._engine.device)
-        loss: Tensor = self._multiview(first, second, noise)
+        done, in_all = self.progress
+        loss: Tensor = self._multiview(first, second, noise, grown_coefficient(done / in_all))
         self._tell("view_loss", loss.item())
         return views.coefficient * loss
 

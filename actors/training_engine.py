@@ -152,21 +152,23 @@ class TrainingEngine:
                 parameter.data.copy_(old)
 
     def second_moments(self) -> list[Tensor] | None:
-        """AdamW's, by parameter; None before the first step of a fresh optimiser."""
-        if not self._has_moments:
+        """AdamW's, by parameter and without their bias towards 0; None before a fresh optimiser's first step."""
+        if self._num_steps == 0:
             return None
         if self._settings.is_plain:
-            return [self._engine.basic_optimizer.state[p]["exp_avg_sq"] for p in self._module.parameters()]
-        from deepspeed.utils import safe_get_full_optimizer_state
+            found = [self._engine.basic_optimizer.state[p]["exp_avg_sq"] for p in self._module.parameters()]
+        else:
+            from deepspeed.utils import safe_get_full_optimizer_state
 
-        return [safe_get_full_optimizer_state(p, "exp_avg_sq") for p in self._module.parameters()]
+            found = [safe_get_full_optimizer_state(p, "exp_avg_sq") for p in self._module.parameters()]
+        return [moment / (1 - self._settings.beta2**self._num_steps) for moment in found]
 
     def step(self, factor: float) -> float:
         """Clip, update at ``factor`` times the learning rate, clear; returns the gradient norm before clipping.
 
         RunError where the gradient is not finite: DeepSpeed would skip the step and say nothing.
         """
-        self._has_moments = True
+        self._num_steps += 1
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = factor * self._settings.learning_rate
         if self._settings.is_plain:
@@ -182,7 +184,7 @@ class TrainingEngine:
     def reset_optimizer(self) -> None:
         """Forget the optimiser's moments, as if the engine had just been made of the present weights."""
         self._engine.basic_optimizer.state.clear()
-        self._has_moments = False
+        self._num_steps = 0
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[dict[str, Tensor]]:

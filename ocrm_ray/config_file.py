@@ -26,6 +26,7 @@ Config = TypeVar("Config", bound=Section)
 SET_BY_STUDY = ("name", "output_dir", "stages_dir", "seed")
 SHARED = "shared"
 _PATH_KEYS = ("ready", "base", "behaviour", "model", "path")
+_WRITTEN_KEYS = ("output_dir", "stages_dir", "cache_file")
 
 
 class _Loader(yaml.SafeLoader):
@@ -108,7 +109,7 @@ def anchored(config: RunConfig, cwd: Path) -> RunConfig:
         if isinstance(value, dict):
             return {inner: placed(inner, item) for inner, item in value.items()}
         is_file = key in _PATH_KEYS and value not in (None, "sft", "unknown") and (cwd / value).exists()
-        return str(cwd / value) if is_file or (value and key in ("output_dir", "stages_dir")) else value
+        return str(cwd / value) if is_file or (value and key in _WRITTEN_KEYS) else value
 
     return RunConfig.model_validate(placed("", config.model_dump(mode="json")))
 

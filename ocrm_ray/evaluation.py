@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ocrm_ray.gold import GoldScorer
+from ocrm_ray.judge import Judge
 from ocrm_ray.records import EvaluationReport, FloatArray, Prompt, Sample
 from ocrm_ray.sample_statistics import (
     PairOrder,
@@ -128,6 +129,7 @@ class HeldoutEvaluator:
             "rm_pairs_by_gap": pairs_by_gap,
             "rm_pair_loss": order.loss(),
             "proxy_gold_spearman": spearman([scores[0] for scores in proxy], first),
+            "judge": self.gold.statistics if isinstance(self.gold, Judge) else None,
         }
 
 

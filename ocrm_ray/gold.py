@@ -1,4 +1,4 @@
-"""The true reward: a function, a sequence-classification model or a sentence encoder; and labels drawn from it."""
+"""The true reward: a function, a classifier, a sentence encoder or a judge; and labels drawn from it."""
 
 import importlib
 import math
@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ocrm_ray.config import ClassifierGold, FunctionGold, Gold, PraiseWorld, SimilarityGold
+from ocrm_ray.config import ClassifierGold, FunctionGold, Gold, JudgeGold, PraiseWorld, SimilarityGold
 from ocrm_ray.errors import mistake
+from ocrm_ray.judge import Judge
 
 GoldScorer: TypeAlias = Callable[[list[str], list[str], list[str | None]], list[float]]
 """Of prompts, responses and references [N] one finite number a response. What the policy is meant to please: never seen
@@ -21,7 +22,7 @@ def load_gold(gold: Gold | None, world: PraiseWorld | None, *, trust_remote_code
     """The configured scorer; without one the world's own, and None without either.
 
     Models go to the GPU that this process was given, if any. Raises UserError: nothing at the import path, a model
-    that cannot be loaded or has more than one label.
+    that cannot be loaded or has more than one label, a judge without its key.
     """
     if gold is None:
         return None if world is None else function_scorer("ocrm_ray.praise:gold")
@@ -29,6 +30,8 @@ def load_gold(gold: Gold | None, world: PraiseWorld | None, *, trust_remote_code
         return function_scorer(gold.path)
     if isinstance(gold, ClassifierGold):
         return ClassifierScorer(gold, trust_remote_code=trust_remote_code)
+    if isinstance(gold, JudgeGold):
+        return Judge(gold)
     return SimilarityScorer(gold, trust_remote_code=trust_remote_code)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 
 from ocrm_ray.config import RunConfig
@@ -100,6 +100,8 @@ class HeldoutPolicy:
         )
         self.log.evaluation(report)
         self.log.samples(rows)
+        if report.judge is not None:
+            self.log.event("judged", step=step, **asdict(report.judge))
         if weights is None:
             return
         if report.gold_mean is not None and report.gold_mean > self._best_gold:

@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from ocrm_ray import praise
-from ocrm_ray.config import ClassifierGold, FunctionGold, RunConfig, SimilarityGold
+from ocrm_ray.config import ClassifierGold, FunctionGold, JudgeGold, RunConfig, SimilarityGold
 from ocrm_ray.config_file import anchored, load_run_config
 from ocrm_ray.config_problems import shown
 from ocrm_ray.errors import Problem, UserError
+from ocrm_ray.judge import endpoint
 from ocrm_ray.machine import NetworkSizes, machine_problems
 from ocrm_ray.model_folders import ModelFacts, Role, backbone_difference, is_hub_name, read_model, shares_vocabulary
 
 _STAGE_KEYS = ("seed", "world", "data", "sft", "pairs", "gold", "reward", "rollout.max_new_tokens")
-_WITHOUT_EFFECT = ("pairs.allow_unknown_behaviour", "reward.scale", "gold.batch_size")
+_WITHOUT_EFFECT = (
+    "pairs.allow_unknown_behaviour",
+    "reward.scale",
+    "reward.ensemble",
+    "gold.batch_size",
+    *(f"gold.{name}" for name, field in JudgeGold.model_fields.items() if not field.repr),
+)
+"""On what an arm finds in the shared folder; an ensemble is in one of its own."""
 
 
 def inspect(config: RunConfig) -> list[Problem]:
@@ -53,7 +61,7 @@ def stage_differences(config: RunConfig, other: RunConfig) -> list[tuple[str, ob
     return [
         (key, ours.get(key), theirs.get(key))
         for key in dict.fromkeys([*ours, *theirs])
-        if key.startswith(_STAGE_KEYS) and key not in _WITHOUT_EFFECT and ours.get(key) != theirs.get(key)
+        if key.startswith(_STAGE_KEYS) and not key.startswith(_WITHOUT_EFFECT) and ours.get(key) != theirs.get(key)
     ]
 
 
@@ -127,6 +135,11 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _gold_problems(config: RunConfig) -> Iterator[Problem]:
+    if isinstance(config.gold, JudgeGold):
+        try:
+            endpoint(config.gold)
+        except UserError as error:
+            yield from error.problems
     if not isinstance(config.gold, FunctionGold):
         return
     module, _, function = config.gold.path.partition(":")
@@ -138,7 +151,9 @@ def _gold_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _folder_problems(config: RunConfig) -> Iterator[Problem]:
-    for key, folder in (("output_dir", config.output_dir), ("stages_dir", config.stages_dir)):
+    cache_dir = config.gold.cache_file.parent if isinstance(config.gold, JudgeGold) else None
+    named = ("output_dir", config.output_dir), ("stages_dir", config.stages_dir), ("gold.cache_file", cache_dir)
+    for key, folder in named:
         existing = folder and next(place for place in (folder, *folder.parents) if os.path.lexists(place))
         if existing and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
             yield Problem(key, shown(str(folder)), f"a folder that can be written ({existing} is none)", "change it")

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ocrm_ray.judge import JudgeStatistics
+
 IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
@@ -235,4 +237,6 @@ class EvaluationReport:
     """Distinct token ids as a share of all response tokens, EOS left out."""
     distinct_2: float | None = None
     """The same of pairs of neighbouring tokens."""
+    judge: JudgeStatistics | None = None
+    """Where gold is a judge: of the labels and all evaluations since its process started."""
     seconds: float = 0.0

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ocrm_ray.config import RunConfig
+from ocrm_ray.judge import JudgeStatistics
 from ocrm_ray.pools import Pools
 from ocrm_ray.records import (
     Calibration,
@@ -212,6 +213,7 @@ class FakeEvaluator:
 
     versions: dict[int, set[int]] = field(default_factory=dict)
     gold: dict[int, float] = field(default_factory=dict)
+    judge: JudgeStatistics | None = None
     references: dict[int, dict[str, set[float]]] = field(default_factory=dict)
 
     async def evaluate(
@@ -230,7 +232,9 @@ class FakeEvaluator:
             name: {float(value) for rows in given for row in rows for value in row} for name, given in told.items()
         }
         kl = {key: 0.0 for key in ("kl_sft", "kl_sft_k3", "kl_anchor", "kl_anchor_k3")}
-        return EvaluationReport(step, step, 0.0, response_tokens_mean=2.0, gold_mean=self.gold.get(step), **kl), []
+        gold = self.gold.get(step)
+        report = EvaluationReport(step, step, 0.0, response_tokens_mean=2.0, gold_mean=gold, judge=self.judge, **kl)
+        return report, []
 
     async def gold_of(self, prompts: Seq[Prompt], sequences: Seq[Sequence]) -> list[float]:
         """The number of tokens above 5."""

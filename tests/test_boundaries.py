@@ -99,11 +99,12 @@ def test_algorithm_imports_only_the_standard_library_torch_and_itself(path: Path
     assert all(module.startswith("ocrm_ray.algorithm") for module in own), own
 
 
-@pytest.mark.parametrize("name", ["config.py", "cluster_config.py"])
+@pytest.mark.parametrize("name", ["config.py", "cluster_config.py", "reward_config.py", "gold_config.py"])
 def test_config_imports_only_the_standard_library_and_pydantic(name: str):
     modules = imports(ROOT / "ocrm_ray" / name)
     assert foreign(modules, {"pydantic", "ocrm_ray"}) == set()
-    assert {module for module in modules if module.startswith("ocrm_ray")} <= {"ocrm_ray.cluster_config"}
+    sections = {"ocrm_ray.cluster_config", "ocrm_ray.reward_config", "ocrm_ray.gold_config"}
+    assert {module for module in modules if module.startswith("ocrm_ray")} <= sections
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)

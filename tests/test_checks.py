@@ -17,6 +17,7 @@ from ocrm_ray.config_file import dump_yaml, load_run_config, load_study_config
 from ocrm_ray.errors import Problem
 from ocrm_ray.inspection import network_sizes, occupied
 from ocrm_ray.machine import GIB, NetworkSizes, memory_gib
+from ocrm_ray.stages import fingerprint
 
 WORLD = "name: trial\nworld: {}\n"
 MODELS = """
@@ -293,6 +294,44 @@ def test_a_gold_function_is_looked_for_without_running_it(workplace: Path) -> No
             f'gold.path: got "{path}", need package.module:function, of this environment or folder: '
             "correct it, or install it"
         ]
+
+
+JUDGE = MODELS.replace("{kind: function, path: 'json:loads'}", "{kind: judge, base_url: 'https://h/v1', model_name: m}")
+
+
+def test_a_judge_is_checked_without_asking_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIBUNAL_KEY", "k")
+    monkeypatch.delenv("NO_KEY", raising=False)
+    for sound in (
+        "gold.base_url=http://[::1]:8000",
+        "gold.base_url=http://vllm.local/v1/",
+        "gold.api_key_env=TRIBUNAL_KEY",
+    ):
+        assert inspect(config_of(JUDGE, sound)) == []
+    for url in ("h/v1", "ftp://h", "https://user:word@h/v1", "https://h/v1?key=x", "https:///v1"):
+        assert lines(inspect(config_of(JUDGE, f"gold.base_url={url}"))) == [
+            f'gold.base_url: got "{url}", need http(s)://HOST[:PORT][/PATH], without user, query or fragment: '
+            "correct it"
+        ]
+    assert lines(inspect(config_of(JUDGE, "gold.api_key_env=NO_KEY", "gold.cache_file=prompts.jsonl/a"))) == [
+        "gold.api_key_env: got no such variable, or one whose value is no key, need the name of an environment "
+        "variable that holds the key: export it, or set null for no key",
+        'gold.cache_file: got "prompts.jsonl", need a folder that can be written (prompts.jsonl is none): change it',
+    ]
+
+
+def test_only_what_changes_a_judges_answers_makes_other_stages() -> None:
+    config = config_of(JUDGE)
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(dump_yaml(config))
+    calm = ["concurrency=2", "num_retries=0", "timeout_s=1", "cache_file=a", "input_price=1", "output_price=2"]
+    same = config_of(JUDGE, *(f"gold.{change}" for change in calm))
+    assert inspect(same) == []
+    assert fingerprint({"gold": same.gold}) == fingerprint({"gold": config.gold})
+    for change in ("model_name=o", "base_url=http://o", "parameters.top_p=0.5"):
+        other = config_of(JUDGE, f"gold.{change}")
+        assert [problem.path for problem in inspect(other)] == ["name"]
+        assert fingerprint({"gold": other.gold}) != fingerprint({"gold": config.gold})
 
 
 def test_output_folders_that_cannot_be_written_are_told(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:

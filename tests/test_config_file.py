@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ocrm_ray.checks import contradictions
-from ocrm_ray.config import MissingEosPenalty, RunConfig, StudyConfig
+from ocrm_ray.config import JudgeGold, MissingEosPenalty, RunConfig, StudyConfig
 from ocrm_ray.config_file import dump_yaml, load_any, load_run_config, load_study_config, study_runs
 from ocrm_ray.config_problems import known_keys
 from ocrm_ray.errors import UserError
@@ -98,6 +98,28 @@ def test_relative_paths_are_made_absolute_only_for_files_that_are_there(tmp_path
     assert (config.output_dir, config.stages_dir) == (tmp_path / "runs", tmp_path / "s")
 
 
+def test_a_judges_cache_is_made_absolute_and_its_models_name_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "tribunal").mkdir()
+    text = "name: x\ngold: {kind: judge, base_url: 'http://h/v1', model_name: tribunal, cache_file: kept/a.jsonl}"
+    config = load_run_config(write(tmp_path, text), [], cwd=tmp_path)
+    assert isinstance(config.gold, JudgeGold)
+    assert (config.gold.cache_file, config.gold.model_name) == (tmp_path / "kept" / "a.jsonl", "tribunal")
+
+
+def test_parameters_of_a_judge_keep_their_types(tmp_path: Path) -> None:
+    text = "name: x\ngold: {kind: judge, base_url: 'http://h/v1', model_name: m}"
+    config = run_of(tmp_path, text, "gold.parameters={max_completion_tokens: 512, top_p: 0.5, store: false}")
+    assert isinstance(config.gold, JudgeGold)
+    assert repr(config.gold.parameters) == "{'max_completion_tokens': 512, 'top_p': 0.5, 'store': False}"
+
+
+def test_the_name_of_a_judges_key_is_the_only_secret_of_a_run(tmp_path: Path) -> None:
+    text = "name: x\ngold: {kind: judge, base_url: 'http://h/v1', model_name: m}"
+    assert run_of(tmp_path, text).secrets == ()
+    assert run_of(tmp_path, text, "gold.api_key_env=TRIBUNAL_KEY").secrets == ("TRIBUNAL_KEY",)
+    assert run_of(tmp_path, "name: x\nworld: {}").secrets == ()
+
+
 def test_study_runs_lay_each_arm_over_the_base_and_share_stages_by_seed(tmp_path: Path) -> None:
     study = study_of(
         tmp_path,
@@ -123,7 +145,7 @@ BAD_RUNS = {
     "policy: {num_updates: 3.5}": "policy.num_updates: got 3.5, need an integer: change it",
     "policy: {num_updates: '3'}": 'policy.num_updates: got "3", need an integer: change it',
     "policy: 3": "policy: got 3, need a mapping: change it",
-    "policy: {algorithm: dpo}": "policy.algorithm: got \"dpo\", need 'ppo', 'rloo' or 'grpo': change it",
+    "policy: {algorithm: sac}": "policy.algorithm: got \"sac\", need 'ppo', 'rloo', 'grpo', 'dpo' or 'wpo': change it",
     "policy: {gama: 1}": "policy.gama: got an unknown key, need policy.gamma: correct the key",
     "policy: {lr: 1}": "policy.lr: got an unknown key, need policy.learning_rate: correct the key",
     "policy: {max_lagg: 1}": "policy.max_lagg: got an unknown key, need correction.max_lag: correct the key",
@@ -132,8 +154,8 @@ BAD_RUNS = {
     "world: []": "world: got [], need a mapping: change it",
     "stages_dir: 3": "stages_dir: got 3, need text: write it in quotes",
     "data: {prompts: {}}": "data.prompts.path: got nothing, need a value: add it",
-    "gold: {kind: human}": 'gold.kind: got "human", need function or classifier or similarity: change it',
-    "gold: {path: 'a:b'}": "gold.kind: got nothing, need function or classifier or similarity: add it",
+    "gold: {kind: human}": 'gold.kind: got "human", need function or classifier or similarity or judge: change it',
+    "gold: {path: 'a:b'}": "gold.kind: got nothing, need function or classifier or similarity or judge: add it",
     "gold: 3": "gold: got 3, need a mapping: change it",
     "gold: {kind: function, path: 3}": "gold.path: got 3, need text: write it in quotes",
     "gold: {kind: classifier, modl: a, model: b}": "gold.modl: got an unknown key, need gold.model: correct the key",

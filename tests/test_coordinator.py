@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import FakeGeneration, FakePolicy, FakePools, FakeReward, FakeScoring, prompts, tiny_run
+from fakes import FakeEvaluator, FakeGeneration, FakePolicy, FakePools, FakeReward, FakeScoring, prompts, tiny_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from virtual_clock import run_virtual
@@ -15,6 +15,7 @@ from virtual_clock import run_virtual
 from ocrm_ray.config import RunConfig
 from ocrm_ray.coordinator import Coordinator, TrainingData
 from ocrm_ray.correction import PairData
+from ocrm_ray.judge import JudgeStatistics
 from ocrm_ray.metrics import RunLog
 from ocrm_ray.records import Sequence
 
@@ -53,6 +54,16 @@ def test_a_refit_that_never_ends_stalls_neither_steps_nor_rollouts(tmp_path: Pat
     assert len(never.policy.updates) == 12
     assert with_refit_s == without_s
     assert [time for time, _ in never.generation.finished] == [time for time, _ in frozen.generation.finished]
+
+
+def test_what_a_judge_was_asked_is_an_event_of_every_evaluation(tmp_path: Path) -> None:
+    told = JudgeStatistics(9, 2, 0, 0, 3, 15, 1, 0, 1500, 15, 0.25)
+    run(tiny_run(), FakePools(evaluator=FakeEvaluator(judge=told)), tmp_path)
+    rows = events(tmp_path, "judged")
+    assert [row["step"] for row in rows] == [0, 6, 12]
+    assert rows[1].items() >= {"num_pairs": 9, "num_disagreements": 2, "num_retries": 1, "cost_usd": 0.25}.items()
+    run(tiny_run(), FakePools(), tmp_path / "other")
+    assert events(tmp_path / "other", "judged") == []
 
 
 def test_max_lag_makes_training_wait_for_a_late_refit(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The held-out evaluation, every number worked out by hand."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ocrm_ray.config import JudgeGold
 from ocrm_ray.evaluation import HeldoutEvaluator
+from ocrm_ray.judge import Judge
 from ocrm_ray.praise import EOS, build_tokenizer
 from ocrm_ray.records import FloatArray, Prompt, Sample, Sequence
 from ocrm_ray.sample_statistics import wilson_interval
@@ -34,6 +37,14 @@ def sample(text: str, logprobs: list[float] | None = None, version: int = 4) -> 
     return Sample(Sequence((1,), ids, text.endswith(EOS)), values, version, version)
 
 
+class CountingJudge(Judge):
+    """Prefers the longer text, without an endpoint."""
+
+    def _answer(self, question: str) -> str:
+        first, second = (len(part.split("\n</answer")[0]) for part in question.split("<answer_")[1:])
+        return "A" if first > second else "B"
+
+
 def unmoved(samples: list[tuple[Sample, ...]]) -> list[list[list[FloatArray]]]:
     """Log-probs under SFT model and anchor where both are the policy."""
     return [[[one.logprobs for one in prompt_samples] for prompt_samples in samples]] * 2
@@ -45,6 +56,19 @@ def floats(*values: float) -> FloatArray:
 
 FIRST = [(sample(f"the {EOS}"), sample(f"the old {EOS}")), (sample(f"the old river {EOS}"),), (sample("warm old"),)]
 FIRST_PROXY = [floats(0.5, 0.25), floats(1.0), floats(-3.0)]
+
+
+def test_a_judges_statistics_are_in_the_report_and_those_of_other_gold_are_not(tmp_path: Path) -> None:
+    judge = CountingJudge(JudgeGold(base_url="http://h", model_name="m", cache_file=tmp_path / "answers"))
+    prompts = [Prompt(0, "river", (1,), "old")]
+    reports = [
+        HeldoutEvaluator(prompts, TOKENIZER, gold, 0).evaluate(0, FIRST[1:2], FIRST_PROXY[1:2], *unmoved(FIRST[1:2]))[0]
+        for gold in (judge, WordGold(), None)
+    ]
+    assert reports[0].gold_mean == 1.0
+    assert reports[0].judge is not None
+    assert reports[0].judge.num_pairs == 1
+    assert [report.judge for report in reports[1:]] == [None, None]
 
 
 def test_first_evaluation_by_hand() -> None:

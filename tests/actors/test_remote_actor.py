@@ -1,0 +1,62 @@
+"""What a process is started with, told by a stand-in for Ray."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors import remote_actor
+from actors.ray_cluster import RayCluster
+from actors.remote_actor import ActorHost, ActorSpec, spawn
+from ocrm_ray.config import RunConfig
+from ocrm_ray.prompts import write_prompts
+
+
+class Recorder:
+    """``ray.remote(host).options(...).remote(...)``, remembered."""
+
+    def __call__(self, host: type) -> "Recorder":
+        self.host = host
+        return self
+
+    def options(self, **options: Any) -> "Recorder":
+        self.environment: dict[str, str] = options["runtime_env"]["env_vars"]
+        return self
+
+    def remote(self, *arguments: Any) -> None:
+        self.spec, self.secrets = arguments
+
+
+def test_secrets_travel_as_an_argument_and_only_those_that_the_actor_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(remote_actor.ray, "remote", recorder)
+    monkeypatch.setattr(remote_actor, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
+    for name in ("HF_TOKEN", "TRIBUNAL_KEY", "OTHER_KEY"):
+        monkeypatch.setenv(name, f"value of {name}")
+    group: Any = SimpleNamespace(bundle_specs=[{"CPU": 0.1}])
+    spec = ActorSpec("evaluation-0", "math:pi", (), 1, secrets=("TRIBUNAL_KEY", "UNSET_KEY"))
+    spawn(spec, group, 0)
+    assert recorder.secrets == {name: f"value of {name}" for name in ("HF_TOKEN", "TRIBUNAL_KEY")}
+    assert "value of" not in f"{recorder.environment}{recorder.spec}"
+    spawn(replace(spec, secrets=()), group, 0)
+    assert recorder.secrets.keys() == {"HF_TOKEN"}
+
+
+def test_secrets_are_in_the_environment_before_the_actor_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIBUNAL_KEY", "")
+    host = ActorHost(ActorSpec("evaluation-0", "os:getenv", ("TRIBUNAL_KEY",), 1), {"TRIBUNAL_KEY": "word"})
+    with pytest.raises(AttributeError, match="'str' object has no attribute 'start'"):
+        host.start()
+    assert host._actor == "word"
+
+
+def test_of_the_pools_only_the_evaluator_gets_the_judges_key(tmp_path: Path) -> None:
+    gold = {"kind": "judge", "base_url": "http://h", "model_name": "m", "api_key_env": "TRIBUNAL_KEY"}
+    config = RunConfig.model_validate({"name": "x", "output_dir": tmp_path, "gold": gold, "sft": {"ready": "m"}})
+    write_prompts(tmp_path / "x" / "stages" / "data" / "heldout.jsonl", [])
+    cluster = RayCluster(config, tmp_path)
+    specs = {pool: cluster._specs(pool) for pool in ("scoring", "reward", "evaluation")}
+    assert [spec.secrets for spec in specs.pop("evaluation")] == [("TRIBUNAL_KEY",)]
+    assert {spec.secrets for pool in specs.values() for spec in pool} == {()}
