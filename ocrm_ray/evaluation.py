@@ -102,14 +102,16 @@ class HeldoutEvaluator:
 
     @cached_property
     def _reference_gold(self) -> Values:
-        """Gold scores [N] of the prompts' own references, NaN where there is none."""
+        """Gold scores [N] of the prompts' own references, NaN where there is none.
+
+        The scorer gets a reference as response and as reference: a judge, who finds them equal, is not asked.
+        """
         assert self.gold is not None
-        known = {index: prompt.reference for index, prompt in enumerate(self.prompts) if prompt.reference is not None}
+        known = {index: p.reference.strip() for index, p in enumerate(self.prompts) if p.reference is not None}
         scores = np.full(len(self.prompts), np.nan)
         if known:
-            texts = [self.prompts[index].text for index in known]
-            responses = [reference.strip() for reference in known.values()]
-            scores[list(known)] = self.gold(texts, responses, list(known.values()))
+            texts, references = [self.prompts[index].text for index in known], list(known.values())
+            scores[list(known)] = self.gold(texts, references, [*references])
         return scores
 
     def _gold_measures(self, gold: list[list[float]], proxy: Seq[FloatArray]) -> dict[str, Any]:

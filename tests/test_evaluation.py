@@ -1,6 +1,7 @@
 """The held-out evaluation, every number worked out by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,13 @@ def test_references_are_scored_once() -> None:
     report, _ = evaluator.evaluate(10, later, [floats(0.0)] * 3, *unmoved(later))
     assert [response for _, response, _ in gold.asked] == ["the old river", "the", "warm"]
     assert report.gold_win_rate_reference == 0.75  # 3 against 2, 1 against 1
+
+
+def test_a_reference_is_scored_against_itself_whatever_spaces_its_prompt_needs() -> None:
+    gold, samples = WordGold(), [(sample("the"),)]
+    prompts = [replace(PROMPTS[0], reference=" the river")]
+    HeldoutEvaluator(prompts, TOKENIZER, gold, 0).evaluate(0, samples, [floats(0.0)], *unmoved(samples))
+    assert gold.asked[1:] == [("river lamp", "the river", "the river")]
 
 
 def test_without_references_there_is_no_win_rate_against_them() -> None:
