@@ -67,7 +67,8 @@ MISTAKES = {
     "run run.yaml policy.gamma=1.5": f"policy.gamma: got 1.5, {AT_MOST_1}",
     "run run.yaml policy.num_updates=many": 'policy.num_updates: got "many", need an integer: change it',
     "run run.yaml rollout.missing_eos=drop": "rollout.missing_eos: got \"drop\", need 'mask' or a mapping: change it",
-    "run run.yaml gold.kind=human": 'gold.kind: got "human", need function or classifier or similarity or judge: change it',
+    "run run.yaml gold.kind=human": 'gold.kind: got "human", need function or classifier or similarity or judge: '
+    "change it",
     "run run.yaml seed=[": "seed: got invalid YAML (line 1: expected the node content, but found '<stream end>'), "
     "need a YAML value: put it in quotes",
     "run study.yaml": "study.yaml: got a study (it has the key arms), need one run: use ocrm-ray study",
