@@ -96,6 +96,6 @@ def _training_data(config: RunConfig) -> TrainingData:
     return TrainingData(
         prompts=(Prompt(number, "", tokens) for number in itertools.count()),
         heldout=(),
-        pairs=PairData(NUM_PAIRS, np.zeros((NUM_PAIRS, 2), dtype=np.float32)),
+        pairs=PairData(NUM_PAIRS, np.zeros((NUM_PAIRS, 2), dtype=np.float32), np.arange(NUM_PAIRS)),
         probe=(Sequence((0,), (0,), has_eos=True),),
     )

@@ -14,16 +14,18 @@ from ocrm_ray.pools import Pools
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, RefitRequest
 from ocrm_ray.rollout_buffer import RolloutBuffer
 from ocrm_ray.rollout_scoring import RolloutScorer, ScoreVersions
+from ocrm_ray.sample_statistics import spearman
 from ocrm_ray.strategies import make_strategy
 
 
 @dataclass(frozen=True, slots=True)
 class PairData:
     """The N training pairs. ``behaviour_logprobs`` [N, 2]: summed log-probs under who wrote them; None where the
-    strategy needs no ratios."""
+    strategy needs no ratios. ``response_tokens`` [N]: of both responses together."""
 
     num_training: int
     behaviour_logprobs: FloatArray | None
+    response_tokens: IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,9 @@ class Corrector:
         old = None if behaviour is None else behaviour[indices]
         log_weights = self.strategy.log_weights(measured, old, self.config.seed + snapshot.version)
         statistics = weight_statistics(log_weights)
-        self.emit("ratios_scored", snapshot_version=snapshot.version, num_pairs=len(indices), **statistics)
+        correlation = spearman(log_weights.numpy(), self.pairs.response_tokens[indices])
+        told = {"snapshot_version": snapshot.version, "num_pairs": len(indices), "length_correlation": correlation}
+        self.emit("ratios_scored", **told, **statistics)
         return log_weights.exp().float().numpy(), statistics["ess_fraction"]
 
     async def _refit(self, request: RefitRequest, snapshot_version: int) -> RefitReport:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ocrm_ray.config import RunConfig
 from ocrm_ray.config_file import dump_yaml
 from ocrm_ray.coordinator import Coordinator, TrainingData
@@ -63,11 +65,13 @@ async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dic
 
 def training_data(config: RunConfig, stages: Stages) -> TrainingData:
     """What the stages left, as the coordinator takes it."""
-    held_out = read_pairs(stages.paths.root / "pairs" / "heldout.jsonl")
+    folder = stages.paths.root / "pairs"
+    pairs, held_out = read_pairs(folder / "train.jsonl"), read_pairs(folder / "heldout.jsonl")
+    num_tokens = [len(pair.chosen.response_ids) + len(pair.rejected.response_ids) for pair in pairs]
     probe = [sequence for pair in held_out for sequence in (pair.chosen, pair.rejected)]
     return TrainingData(
         prompts=shuffled_epochs(stages.training_prompts(), config.seed),
         heldout=tuple(stages.heldout_prompts()),
-        pairs=PairData(stages.num_training_pairs(), stages.behaviour_logprobs()),
+        pairs=PairData(len(pairs), stages.behaviour_logprobs(), np.array(num_tokens, dtype=np.int64)),
         probe=tuple(probe[: config.probe.num_sequences]),
     )

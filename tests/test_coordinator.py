@@ -26,7 +26,7 @@ async def coordinate(config: RunConfig, fakes: FakePools, run_dir: Path) -> floa
     data = TrainingData(
         prompts=itertools.cycle(prompts(50)),
         heldout=prompts(3),
-        pairs=PairData(10, np.zeros((10, 2), dtype=np.float32)),
+        pairs=PairData(10, np.zeros((10, 2), dtype=np.float32), np.arange(10)),
         probe=(Sequence((1,), (2,), True),),
     )
     with RunLog(run_dir, clock) as log:
