@@ -137,14 +137,16 @@ def _strategy(config: RunConfig) -> Checks:
 def _policy(config: RunConfig) -> Checks:
     policy, rollout = config.policy, config.rollout
     need = f"at least 2 for {policy.algorithm}, which compares the samples of a prompt"
-    is_wrong = policy.algorithm != "ppo" and rollout.samples_per_prompt < 2
+    is_online = not policy.is_offline
+    is_wrong = is_online and policy.algorithm != "ppo" and rollout.samples_per_prompt < 2
     yield is_wrong, "rollout.samples_per_prompt", need, "raise it, or use ppo"
     num_samples = rollout.prompts_per_step * rollout.samples_per_prompt
     need, do = f"a divisor of the {num_samples} samples of a step", "change it, or rollout.prompts_per_step"
-    yield num_samples % policy.num_minibatches > 0, "policy.num_minibatches", need, do
+    yield is_online and num_samples % policy.num_minibatches > 0, "policy.num_minibatches", need, do
     is_wrong = config.pools.policy.num_actors != 1
     yield is_wrong, "pools.policy.num_actors", "1: the policy trains on one rank", "remove it"
-    is_wrong = policy.kl_placement == "loss" and policy.kl_estimator == "k1" and policy.kl_coefficient > 0
+    uses_kl_loss = is_online and policy.kl_placement == "loss" and policy.kl_coefficient > 0
+    is_wrong = uses_kl_loss and policy.kl_estimator == "k1"
     need = "k2 or k3 with kl_placement loss: the gradient of k1 is zero on average"
     yield is_wrong, "policy.kl_estimator", need, "change it, or place it in the reward"
     is_wrong = rollout.straggler == "reissue" and rollout.max_staleness == 0

@@ -17,7 +17,12 @@ from ocrm_ray.machine import NetworkSizes, machine_problems
 from ocrm_ray.model_folders import ModelFacts, Role, backbone_difference, is_hub_name, read_model, shares_vocabulary
 
 _STAGE_KEYS = ("seed", "world", "data", "sft", "pairs", "gold", "reward", "rollout.max_new_tokens")
-_WITHOUT_EFFECT = ("pairs.allow_unknown_behaviour", "reward.scale", "gold.batch_size")
+_OF_ENSEMBLE = ("num_members", "aggregate", "variance_coefficient")  # each size has a stage of its own
+_WITHOUT_EFFECT = (
+    *("pairs.allow_unknown_behaviour", "reward.scale", "gold.batch_size"),
+    *(f"reward.ensemble.{name}" for name in _OF_ENSEMBLE),
+)
+CLUSTERER = "correction.rlp_spg.model"
 
 
 def inspect(config: RunConfig) -> list[Problem]:
@@ -76,6 +81,7 @@ def _read_models(config: RunConfig) -> tuple[dict[str, ModelFacts], list[Problem
     ]
     if isinstance(gold, ClassifierGold | SimilarityGold):
         named.append(("gold.model", gold.model, "classifier" if gold.kind == "classifier" else "encoder"))
+    named.append((CLUSTERER, config.correction.rlp_spg.model, "encoder"))
     models: dict[str, ModelFacts] = {}
     problems: list[Problem] = []
     for key, name, role in named:
@@ -91,7 +97,9 @@ def _model_problems(config: RunConfig, models: Mapping[str, ModelFacts]) -> Iter
     reward = models.get("reward.ready") or models.get("reward.base")
     num_new, correction = config.rollout.max_new_tokens, config.correction
     for key, facts in models.items():
-        if key != "gold.model" and config.data.max_prompt_tokens + num_new > (facts.context or math.inf):
+        if key not in ("gold.model", CLUSTERER) and config.data.max_prompt_tokens + num_new > (
+            facts.context or math.inf
+        ):
             got = f"{config.data.max_prompt_tokens} with rollout.max_new_tokens {num_new}"
             need = f"at most {facts.context} together, the context of {key}"
             yield Problem("data.max_prompt_tokens", got, need, "lower one of the two")

@@ -99,8 +99,8 @@ class RepresentationLoss(Section):
 
     coefficient: NonNegativeFloat = 0.5
     latent_size: PositiveInt = 32
-    num_prompts: PositiveInt = 64
-    """Prompts, two of their responses each, of every optimiser batch."""
+    num_prompts: Annotated[int, Field(ge=2)] = 64
+    """Prompts, two of their responses each, of every optimiser batch; all in one forward pass."""
     learning_rate: PositiveFloat = 1e-3
     """Of the networks that are dropped afterwards."""
 
