@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from ocrm_ray.config import RunConfig
@@ -11,7 +10,7 @@ from ocrm_ray.evaluation import HeldoutEvaluator, SampleRow
 from ocrm_ray.gold import load_gold
 from ocrm_ray.networks import load_tokenizer
 from ocrm_ray.records import EvaluationReport, Prompt, Sequence
-from ocrm_ray.response_clusters import Clusterer, load_clusterer
+from ocrm_ray.response_clusters import load_clusterer
 
 
 @dataclass(eq=False)
@@ -24,11 +23,13 @@ class EvaluationActor:
     """Those that every ``evaluate`` measures, in order; none are needed for labelling."""
 
     def start(self) -> None:
-        """Load gold and the tokenizer. Raises UserError if gold cannot be loaded."""
+        """Load gold, the tokenizer, and what clusters responses. Raises UserError if a model cannot be loaded."""
         config, trust = self.config, self.config.trust_remote_code
         tokenizer = self._tokenizer = load_tokenizer(self.tokenizer_path, trust_remote_code=trust)
         gold = load_gold(config.gold, config.world, trust_remote_code=trust)
         self._evaluator = HeldoutEvaluator(self.prompts, tokenizer, gold, config.evaluation.num_samples_saved)
+        if config.correction.strategy == "rlp_spg":
+            self._clusterer = load_clusterer(config.correction.rlp_spg, self.tokenizer_path, trust_remote_code=trust)
 
     def evaluate(self, *measured: Any) -> tuple[EvaluationReport, list[SampleRow]]:
         """As ``HeldoutEvaluator.evaluate``, with the seconds that it took."""
@@ -53,11 +54,6 @@ class EvaluationActor:
     def _texts(self, sequences: Seq[Sequence]) -> list[str]:
         ids = [list(sequence.response_ids) for sequence in sequences]
         return [text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-    @cached_property
-    def _clusterer(self) -> Clusterer:
-        settings = self.config.correction.rlp_spg
-        return load_clusterer(settings, trust_remote_code=self.config.trust_remote_code)
 
     def gold(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
         """Gold scores [N] of the responses."""

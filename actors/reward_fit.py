@@ -138,10 +138,12 @@ class RewardFit:
         return self.data.groups
 
     def _moves(self, meta: MetaStep) -> list[Tensor]:
-        """Towards a wider spread of the rewards of some prompts' responses, in forward passes of few prompts."""
-        drawn = self._groups.draw(meta.num_prompts, self._rng)
-        most = max(1, self.training.micro_batch_size // max(map(len, drawn)))
-        chunks = [drawn[start : start + most] for start in range(0, len(drawn), most)]
+        """Towards a wider spread of the rewards of some prompts' responses, in forward passes like those of pairs."""
+        drawn, training = self._groups.draw(meta.num_prompts, self._rng), self.training
+        sizes = np.array([len(rows) for rows in drawn])
+        lengths = np.array([self._groups.table.lengths[rows].sum() for rows in drawn])
+        cut = length_chunks(lengths, 2 * training.micro_batch_size, training.micro_batch_tokens, sizes)
+        chunks = [[drawn[number] for number in chunk] for chunk in cut]
 
         def spread(groups: Seq[IntArray]) -> Tensor:
             micro = self._groups.table.batch(np.concatenate(groups)).to(self._engine.device)

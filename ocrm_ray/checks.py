@@ -116,11 +116,10 @@ def _strategy(config: RunConfig) -> Checks:
     yield is_wrong, "policy.zero_stage", f"0 to 2 with correction.strategy {strategy}", "lower it"
     is_wrong = strategy == "relabel" and config.gold is None and config.world is None
     yield is_wrong, "correction.strategy", "a gold reward for fresh labels", "set gold, or use another strategy"
-    needs_model = synthetic.clusterer != "exact"
-    need, do = f"a model for clusterer {synthetic.clusterer}", "name it, or use clusterer exact"
-    yield needs_model and synthetic.model is None, "correction.rlp_spg.model", need, do
+    need, do = "a model for clusterer nli", "name it, or use another clusterer"
+    yield synthetic.clusterer == "nli" and synthetic.model is None, "correction.rlp_spg.model", need, do
     need, do = "nothing with clusterer exact", "remove it, or change the clusterer"
-    yield not needs_model and synthetic.model is not None, "correction.rlp_spg.model", need, do
+    yield synthetic.clusterer == "exact" and synthetic.model is not None, "correction.rlp_spg.model", need, do
     offline = config.policy.is_offline
     need, do = f"none with policy.algorithm {config.policy.algorithm}: it uses no reward model", "set it to none"
     yield offline and strategy != "none", "correction.strategy", need, do
@@ -137,14 +136,16 @@ def _strategy(config: RunConfig) -> Checks:
 def _policy(config: RunConfig) -> Checks:
     policy, rollout = config.policy, config.rollout
     need = f"at least 2 for {policy.algorithm}, which compares the samples of a prompt"
-    is_wrong = policy.algorithm != "ppo" and rollout.samples_per_prompt < 2
+    is_online = not policy.is_offline
+    is_wrong = is_online and policy.algorithm != "ppo" and rollout.samples_per_prompt < 2
     yield is_wrong, "rollout.samples_per_prompt", need, "raise it, or use ppo"
     num_samples = rollout.prompts_per_step * rollout.samples_per_prompt
     need, do = f"a divisor of the {num_samples} samples of a step", "change it, or rollout.prompts_per_step"
-    yield num_samples % policy.num_minibatches > 0, "policy.num_minibatches", need, do
+    yield is_online and num_samples % policy.num_minibatches > 0, "policy.num_minibatches", need, do
     is_wrong = config.pools.policy.num_actors != 1
     yield is_wrong, "pools.policy.num_actors", "1: the policy trains on one rank", "remove it"
-    is_wrong = policy.kl_placement == "loss" and policy.kl_estimator == "k1" and policy.kl_coefficient > 0
+    uses_kl_loss = is_online and policy.kl_placement == "loss" and policy.kl_coefficient > 0
+    is_wrong = uses_kl_loss and policy.kl_estimator == "k1"
     need = "k2 or k3 with kl_placement loss: the gradient of k1 is zero on average"
     yield is_wrong, "policy.kl_estimator", need, "change it, or place it in the reward"
     is_wrong = rollout.straggler == "reissue" and rollout.max_staleness == 0

@@ -85,6 +85,7 @@ class _ModelScorer:
     """A Hugging Face model in float32 and evaluation mode, on this process's GPU if it has one, and its tokenizer."""
 
     auto_class = "AutoModel"
+    setting = "gold.model"
 
     def __init__(self, config: ClassifierGold | SimilarityGold, *, trust_remote_code: bool) -> None:
         import transformers
@@ -95,7 +96,7 @@ class _ModelScorer:
             model = auto_class.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             got, do = f"{path!r} ({str(error).strip().splitlines()[0]})", "correct the folder or Hub name"
-            raise mistake("gold.model", got, "a Hugging Face model", do) from error
+            raise mistake(self.setting, got, "a Hugging Face model", do) from error
         self._model: Any = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self._batch_size: int = config.batch_size
         limit = getattr(model.config, "max_position_embeddings", None) or math.inf

@@ -26,6 +26,7 @@ _WITHOUT_EFFECT = (
     *(f"gold.{name}" for name, field in JudgeGold.model_fields.items() if not field.repr),
 )
 """On what an arm finds in the shared folder; an ensemble is in one of its own."""
+CLUSTERER = "correction.rlp_spg.model"
 
 
 def inspect(config: RunConfig) -> list[Problem]:
@@ -84,6 +85,7 @@ def _read_models(config: RunConfig) -> tuple[dict[str, ModelFacts], list[Problem
     ]
     if isinstance(gold, ClassifierGold | SimilarityGold):
         named.append(("gold.model", gold.model, "classifier" if gold.kind == "classifier" else "encoder"))
+    named.append((CLUSTERER, config.correction.rlp_spg.model, "encoder"))
     models: dict[str, ModelFacts] = {}
     problems: list[Problem] = []
     for key, name, role in named:
@@ -99,7 +101,9 @@ def _model_problems(config: RunConfig, models: Mapping[str, ModelFacts]) -> Iter
     reward = models.get("reward.ready") or models.get("reward.base")
     num_new, correction = config.rollout.max_new_tokens, config.correction
     for key, facts in models.items():
-        if key != "gold.model" and config.data.max_prompt_tokens + num_new > (facts.context or math.inf):
+        if key not in ("gold.model", CLUSTERER) and config.data.max_prompt_tokens + num_new > (
+            facts.context or math.inf
+        ):
             got = f"{config.data.max_prompt_tokens} with rollout.max_new_tokens {num_new}"
             need = f"at most {facts.context} together, the context of {key}"
             yield Problem("data.max_prompt_tokens", got, need, "lower one of the two")

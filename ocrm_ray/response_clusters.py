@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ocrm_ray.config import SimilarityGold, SyntheticPairs
+from ocrm_ray.errors import mistake
 from ocrm_ray.gold import SimilarityScorer
 from ocrm_ray.records import IntArray
 from ocrm_ray.synthetic_pairs import clusters, embedding_clusters, text_clusters
@@ -15,33 +16,46 @@ Clusterer: TypeAlias = Callable[[str, list[str]], IntArray]
 """Of a prompt and its n responses the cluster [n] of each."""
 
 
-def load_clusterer(settings: SyntheticPairs, *, trust_remote_code: bool) -> Clusterer:
-    """The configured one. Raises UserError: a model that cannot be loaded."""
+SETTING = "correction.rlp_spg.model"
+
+
+def load_clusterer(settings: SyntheticPairs, sft: str, *, trust_remote_code: bool) -> Clusterer:
+    """The configured one; ``sft``: folder of the SFT model. Raises UserError: a model that cannot be loaded."""
     if settings.clusterer == "exact":
         return lambda _, responses: text_clusters(responses)
-    assert settings.model is not None, "checked with the configuration"
     if settings.clusterer == "encoder":
-        gold = SimilarityGold(kind="similarity", model=settings.model)
-        encoder = SimilarityScorer(gold, trust_remote_code=trust_remote_code)
+        gold = SimilarityGold(kind="similarity", model=settings.model or sft)
+        encoder = _Encoder(gold, trust_remote_code=trust_remote_code)
         return lambda _, responses: embedding_clusters(
             torch.stack(encoder.embed(responses)).numpy(), settings.similarity
         )
+    assert settings.model is not None, "checked with the configuration"
     return InferenceClusterer(settings.model, settings.merge_rule, trust_remote_code=trust_remote_code)
+
+
+class _Encoder(SimilarityScorer):
+    setting = SETTING
 
 
 class InferenceClusterer:
     """Asks a natural-language-inference model in both directions, each side behind the prompt (arXiv 2302.09664)."""
 
     def __init__(self, model: str, merge_rule: str, *, trust_remote_code: bool) -> None:
-        """ValueError: the model's labels do not name entailment and contradiction."""
+        """UserError: it cannot be loaded, or its labels do not name entailment and contradiction."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        network: Any = AutoModelForSequenceClassification.from_pretrained(model, trust_remote_code=trust_remote_code)
+        network: Any
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+            network = AutoModelForSequenceClassification.from_pretrained(model, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            got, do = f"{model!r} ({str(error).strip().splitlines()[0]})", "correct the folder or Hub name"
+            raise mistake(SETTING, got, "a Hugging Face model", do) from error
         self._network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         labels = {str(name).lower(): number for number, name in network.config.id2label.items()}
         if not {"entailment", "contradiction"} <= labels.keys():
-            raise ValueError(f"{model}: its labels are {sorted(labels)}, need entailment and contradiction among them")
+            got, need = f"{model!r} with labels {', '.join(sorted(labels))}", "entailment and contradiction among them"
+            raise mistake(SETTING, got, need, "choose a model of natural-language inference")
         self._label = labels["entailment" if merge_rule == "entail_both" else "contradiction"]
         self._needs_it = merge_rule == "entail_both"
 

@@ -85,7 +85,7 @@ class SyntheticPairs(Section):
     clusterer: Literal["exact", "encoder", "nli"] = "exact"
     """Responses mean the same if they are equal, their sentence embeddings close, or a model of inference says so."""
     model: str | None = None
-    """Of ``encoder`` or ``nli``: a Hub name or a folder."""
+    """Of ``encoder`` or ``nli``: a Hub name or a folder; null with ``encoder``: the SFT model."""
     merge_rule: Literal["entail_both", "no_contradiction"] = "entail_both"
     """``nli``: each response follows from the other, or neither contradicts it."""
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -99,8 +99,8 @@ class RepresentationLoss(Section):
 
     coefficient: NonNegativeFloat = 0.5
     latent_size: PositiveInt = 32
-    num_prompts: PositiveInt = 64
-    """Prompts, two of their responses each, of every optimiser batch."""
+    num_prompts: Annotated[int, Field(ge=2)] = 64
+    """Prompts, two of their responses each, of every optimiser batch; all in one forward pass."""
     learning_rate: PositiveFloat = 1e-3
     """Of the networks that are dropped afterwards."""
 

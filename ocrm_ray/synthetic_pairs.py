@@ -43,11 +43,11 @@ def synthetic_pair(
     """Indices (chosen, rejected) among n samples of one prompt, from their clusters and rewards [n].
 
     Chosen is the best rewarded of the largest cluster (of equally large ones, the first), rejected any sample outside.
-    None where that cluster holds less than a share ``confidence`` of the samples, or all of them.
+    None where that cluster holds less than a share ``confidence`` of the samples, but one (nothing agrees), or all.
     """
     assert cluster_of.shape == rewards.shape
     in_largest = cluster_of == np.bincount(cluster_of).argmax()
-    if in_largest.all() or in_largest.mean() < confidence:
+    if in_largest.all() or in_largest.sum() == 1 or in_largest.mean() < confidence:
         return None
     chosen = np.where(in_largest, rewards, -np.inf).argmax()
     return int(chosen), int(rng.choice(np.flatnonzero(~in_largest)))

@@ -43,6 +43,8 @@ class FakeGeneration:
     aborted: list[str] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     fail_at: int | None = None
+    respond: Callable[[int, int], tuple[int, ...]] = lambda number, sample: (1, 2)
+    """Response of a sample of the n-th call."""
 
     def __post_init__(self) -> None:
         self.slots = asyncio.Semaphore(self.num_slots)
@@ -58,9 +60,16 @@ class FakeGeneration:
             first = self.version
             await asyncio.sleep(self.seconds(number))
         self.finished.append((asyncio.get_running_loop().time(), request.request_id))
-        sequence = Sequence(request.prompt.token_ids, (1, 2), True)
-        logprobs = np.zeros(2, dtype=np.float32)
-        return tuple(Sample(sequence, logprobs, first, self.version) for _ in range(request.num_samples))
+        responses = [self.respond(number, sample) for sample in range(request.num_samples)]
+        return tuple(
+            Sample(
+                Sequence(request.prompt.token_ids, response, True),
+                np.zeros(len(response), dtype=np.float32),
+                first,
+                self.version,
+            )
+            for response in responses
+        )
 
     async def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -84,6 +93,7 @@ class FakePolicy:
     anchor_version: int = 0
     busy: bool = False
     updates: list[tuple[float, list[Rollout]]] = field(default_factory=list)
+    learned: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     commits: list[tuple[float, str, int]] = field(default_factory=list)
     saved: list[tuple[str, int]] = field(default_factory=list)
     exported: list[int] = field(default_factory=list)
@@ -104,6 +114,12 @@ class FakePolicy:
         self.version += 1
         self.updates.append((asyncio.get_running_loop().time(), list(rollouts)))
         return UpdateReport(self.version, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0)
+
+    async def learn_pairs(self, indices: np.ndarray, anchor_logprobs: np.ndarray) -> UpdateReport:
+        await asyncio.sleep(self.update_s(self.version))
+        self.version += 1
+        self.learned.append((indices, anchor_logprobs))
+        return UpdateReport(self.version, 0.5, None, None, None, None, 2.0, None, 1.0)
 
     async def export_weights(self) -> PolicyWeights:
         self.exported.append(self.version)

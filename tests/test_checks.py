@@ -120,6 +120,28 @@ CONTRADICTIONS = {
     "need 13 (its responses and EOS) to 124 (its models' context less the prompt) with world: change it",
     "rollout.max_new_tokens=125": "rollout.max_new_tokens: got 125, "
     "need 13 (its responses and EOS) to 124 (its models' context less the prompt) with world: change it",
+    "correction.strategy=metarm rollout.samples_per_prompt=1 policy.algorithm=ppo": "rollout.samples_per_prompt: "
+    "got 1, need at least 2: correction.strategy metarm learns from what a prompt's responses differ in: "
+    "raise it, or use another strategy",
+    "correction.strategy=relabel rollout.samples_per_prompt=1 policy.algorithm=ppo": "rollout.samples_per_prompt: "
+    "got 1, need at least 2: correction.strategy relabel learns from what a prompt's responses differ in: "
+    "raise it, or use another strategy",
+    "correction.strategy=metarm policy.zero_stage=3": "policy.zero_stage: got 3, "
+    "need 0 to 2 with correction.strategy metarm: lower it",
+    "correction.strategy=rlp_uml policy.zero_stage=3": "policy.zero_stage: got 3, "
+    "need 0 to 2 with correction.strategy rlp_uml: lower it",
+    "correction.rlp_spg.clusterer=nli": "correction.rlp_spg.model: got nothing, "
+    "need a model for clusterer nli: name it, or use another clusterer",
+    "correction.rlp_spg.model=a/b": 'correction.rlp_spg.model: got "a/b", '
+    "need nothing with clusterer exact: remove it, or change the clusterer",
+    "policy.algorithm=dpo": 'correction.strategy: got "ocrm", '
+    "need none with policy.algorithm dpo: it uses no reward model: set it to none",
+    "policy.algorithm=wpo correction.strategy=refit": 'correction.strategy: got "refit", '
+    "need none with policy.algorithm wpo: it uses no reward model: set it to none",
+    "reward.ensemble.aggregate=mean_minus_variance": "reward.ensemble.num_members: got 1, "
+    "need at least 2: one member has no variance: raise it, or change the aggregate",
+    "correction.strategy=shuffled rollout.top_p=0.9": f"rollout.top_p: got 0.9, "
+    f"need 1 {BIASED.replace('ocrm', 'shuffled')}: set it to 1, or use strategy refit",
     "pools.evaluation.num_actors=2": "pools.evaluation.num_actors: got 2, need 1: one actor evaluates: remove it",
 }
 
@@ -140,6 +162,13 @@ WITHOUT_WORLD = {
     "pairs.ready.path=p.json pairs.behaviour=unknown": 'pairs.behaviour: got "unknown", '
     "need the model that wrote the pairs, for correction.strategy ocrm: "
     "name it, set pairs.allow_unknown_behaviour: true, or use strategy refit",
+    "gold=null pairs.ready.path=p.json correction.strategy=relabel": 'correction.strategy: got "relabel", '
+    "need a gold reward for fresh labels: set gold, or use another strategy",
+    "pairs.ready.path=p.json pairs.behaviour=a/b policy.algorithm=dpo correction.strategy=none": "pairs.behaviour: "
+    'got "a/b", need sft or unknown: the offline policy is compared with its start: change it, '
+    "or use another algorithm",
+    "reward.ready=rm reward.ensemble.num_members=2": 'reward.ready: got "rm", '
+    "need nothing beside reward.ensemble: its members are trained: remove it, or set num_members: 1",
 }
 
 
@@ -153,6 +182,12 @@ def test_a_contradiction_without_the_world_is_told(overrides: str) -> None:
     [
         "rollout.top_p=0.9 correction.strategy=refit",
         "correction.rm_init=sft correction.strategy=none",
+        "correction.strategy=wpo_bt rollout.top_p=0.9",
+        "correction.strategy=relabel policy.zero_stage=3",
+        "correction.strategy=rlp_spg correction.rlp_spg.clusterer=nli correction.rlp_spg.model=a/b",
+        "reward.ensemble.num_members=2 reward.ensemble.aggregate=mean_minus_variance",
+        "policy.algorithm=wpo correction.strategy=none policy.num_minibatches=3 policy.kl_placement=loss",
+        "policy.algorithm=dpo correction.strategy=none rollout.samples_per_prompt=1",
         "rollout.samples_per_prompt=1 policy.algorithm=ppo correction.critic_on_promote=reinit",
         "policy.kl_placement=loss policy.kl_estimator=k3",
         "policy.kl_placement=loss policy.kl_coefficient=0",
@@ -231,6 +266,16 @@ def test_a_reward_model_of_two_labels_is_told(workplace: Path) -> None:
     write_reward_model(workplace / "two", num_labels=2)
     assert lines(inspect(config_of(MODELS, "reward.ready=two"))) == [
         'reward.ready: got "two" with 2 labels, need one label (a score): choose one with num_labels 1'
+    ]
+
+
+def test_a_clusterer_that_is_not_there_is_told_and_a_shorter_context_is_not(workplace: Path) -> None:
+    write_model(workplace / "encoder", "BertModel", max_position_embeddings=8)
+    overrides = ["correction.strategy=rlp_spg", "correction.rlp_spg.clusterer=encoder"]
+    assert inspect(config_of(MODELS, *overrides, "correction.rlp_spg.model=encoder")) == []
+    assert lines(inspect(config_of(MODELS, *overrides, "correction.rlp_spg.model=gone"))) == [
+        'correction.rlp_spg.model: got "gone", no folder with a config.json, need a model folder or a Hub name '
+        "org/name: correct the path"
     ]
 
 
@@ -456,3 +501,13 @@ def test_a_study_tells_each_problem_once_with_its_arm() -> None:
         "arms.c.pairs.temperature: got 0.5, need 1.0, as in the first arm: "
         "move it to base: the arms share the stages in runs/s/shared",
     ]
+
+
+def test_arms_of_a_study_may_differ_in_strategy_algorithm_and_ensemble() -> None:
+    Path("s.yaml").write_text(
+        "name: s\nseeds: [1]\nbase: {world: {}}\n"
+        "arms: {ocrm: {}, metarm: {correction.strategy: metarm}, "
+        "dpo: {policy.algorithm: dpo, correction.strategy: none}, "
+        "ensemble: {reward.ensemble: {num_members: 3, aggregate: worst, variance_coefficient: 0.5}}}"
+    )
+    assert study_problems(load_study_config(Path("s.yaml"), [])) == []

@@ -63,7 +63,8 @@ MISTAKES = {
     "run run.yaml policy.lr=1": "policy.lr: got an unknown key, need policy.learning_rate: correct the key",
     "run run.yaml policy.gama=1": "policy.gama: got an unknown key, need policy.gamma: correct the key",
     "run run.yaml polcy.gamma=1": "polcy: got an unknown key, need policy: correct the key",
-    "run run.yaml policy.algorithm=dpo": "policy.algorithm: got \"dpo\", need 'ppo', 'rloo' or 'grpo': change it",
+    "run run.yaml policy.algorithm=sac": "policy.algorithm: got \"sac\", need 'ppo', 'rloo', 'grpo', 'dpo' or "
+    "'wpo': change it",
     "run run.yaml policy.gamma=1.5": f"policy.gamma: got 1.5, {AT_MOST_1}",
     "run run.yaml policy.num_updates=many": 'policy.num_updates: got "many", need an integer: change it',
     "run run.yaml rollout.missing_eos=drop": "rollout.missing_eos: got \"drop\", need 'mask' or a mapping: change it",

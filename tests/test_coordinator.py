@@ -1,50 +1,16 @@
 """The coordinator over fakes on a virtual clock: order, overlap, versions, failures; exact and instant."""
 
-import asyncio
-import itertools
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from fakes import FakeEvaluator, FakeGeneration, FakePolicy, FakePools, FakeReward, FakeScoring, prompts, tiny_run
+from fakes import FakeEvaluator, FakeGeneration, FakePolicy, FakePools, FakeReward, FakeScoring, tiny_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from virtual_clock import run_virtual
+from virtual_runs import events, metrics, run
 
-from ocrm_ray.config import RunConfig
-from ocrm_ray.coordinator import Coordinator, TrainingData
-from ocrm_ray.correction import PairData
+from ocrm_ray.config import Correction
 from ocrm_ray.judge import JudgeStatistics
-from ocrm_ray.metrics import RunLog
-from ocrm_ray.records import Sequence
-
-
-async def coordinate(config: RunConfig, fakes: FakePools, run_dir: Path) -> float:
-    """Run to the end; returns the virtual seconds it took."""
-    clock = asyncio.get_running_loop().time
-    data = TrainingData(
-        prompts=itertools.cycle(prompts(50)),
-        heldout=prompts(3),
-        pairs=PairData(10, np.zeros((10, 2), dtype=np.float32), np.arange(10)),
-        probe=(Sequence((1,), (2,), True),),
-    )
-    with RunLog(run_dir, clock) as log:
-        await Coordinator(config, fakes.pools(), data, log, clock).run()
-    return clock()
-
-
-def run(config: RunConfig, fakes: FakePools, run_dir: Path) -> float:
-    return run_virtual(coordinate(config, fakes, run_dir))
-
-
-def events(run_dir: Path, name: str) -> list[dict[str, object]]:
-    rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["event"] == name]
-
-
-def metrics(run_dir: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+from ocrm_ray.records import Rollout
 
 
 def test_a_refit_that_never_ends_stalls_neither_steps_nor_rollouts(tmp_path: Path) -> None:
@@ -285,6 +251,54 @@ def test_every_prompt_is_trained_on_once_and_none_thrown_away(tmp_path: Path) ->
     assert sorted(trained) == sorted(index % 50 for index in range(48))
 
 
+def trained_before(fakes: FakePools, version: int, num_rollouts: int) -> list[Rollout]:
+    batches = [batch for _, batch in fakes.policy.updates[:version]]
+    return [rollout for batch in batches for rollout in batch][-num_rollouts:]
+
+
+def varied_fakes() -> FakePools:
+    """Of a prompt's two responses the second has more gold; no two prompts say the same."""
+    respond = lambda number, sample: (number % 5 + 1, 6 * sample + 1, number + 10)  # noqa: E731
+    return FakePools(generation=FakeGeneration(respond=respond), reward=FakeReward(refit_s=lambda n: 0.1))
+
+
+@pytest.mark.parametrize("strategy", ["metarm", "rlp_uml"])
+def test_a_refit_gets_all_responses_of_the_prompts_trained_on_last_before_its_snapshot(
+    tmp_path: Path, strategy: str
+) -> None:
+    fakes = varied_fakes()
+    run(tiny_run(**{"correction.strategy": strategy, "correction.rollout_prompts": 6}), fakes, tmp_path)
+    assert len(fakes.reward.refits) == 2
+    for version, request in zip((4, 8), fakes.reward.refits, strict=True):
+        assert request.groups == tuple(rollout.sequences for rollout in trained_before(fakes, version, 6))
+        assert (request.extra_pairs, request.weights) == ((), None)
+
+
+def test_relabelled_pairs_of_every_refit_so_far_go_into_the_next(tmp_path: Path) -> None:
+    fakes = varied_fakes()
+    keys = {"correction.strategy": "relabel", "correction.rollout_prompts": 5, "pairs.labels": "argmax"}
+    run(tiny_run(**keys), fakes, tmp_path)
+    expected = [
+        [(rollout.sequences[1], rollout.sequences[0]) for rollout in trained_before(fakes, version, 5)]
+        for version in (4, 8)
+    ]
+    assert list(fakes.reward.refits[0].extra_pairs) == expected[0]
+    assert list(fakes.reward.refits[1].extra_pairs) == expected[0] + expected[1]
+    assert [row["num_pairs"] for row in events(tmp_path, "pairs_added")] == [5, 10]
+
+
+def test_without_weights_the_pairs_are_not_scored_and_with_them_once_a_refit(tmp_path: Path) -> None:
+    for strategy in STRATEGIES:
+        fakes = varied_fakes()
+        run(tiny_run(**{"correction.strategy": strategy}), fakes, tmp_path / strategy)
+        is_weighted = Correction(strategy=strategy).scores_pairs  # type: ignore[arg-type]
+        assert fakes.scoring.snapshots == ([4, 8] if is_weighted else [])
+        assert [request.weights is not None for request in fakes.reward.refits] == [is_weighted] * len(
+            fakes.reward.refits
+        )
+
+
+STRATEGIES = list(Correction.model_fields["strategy"].annotation.__args__)  # type: ignore[union-attr]
 legal_runs = st.fixed_dictionaries(
     {
         "policy.num_updates": st.integers(1, 9),
@@ -292,7 +306,7 @@ legal_runs = st.fixed_dictionaries(
         "rollout.max_staleness": st.integers(0, 4),
         "rollout.straggler": st.sampled_from(["wait", "reissue"]),
         "correction.every": st.integers(1, 5),
-        "correction.strategy": st.sampled_from(["none", "refit", "ocrm"]),
+        "correction.strategy": st.sampled_from(STRATEGIES),
         "correction.kl_reference": st.sampled_from(["moving", "sft"]),
         "evaluation.every": st.integers(1, 4),
         "evaluation.num_prompts": st.just(3),

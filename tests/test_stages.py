@@ -128,6 +128,22 @@ def test_a_strategy_without_ratios_needs_no_log_probs(tmp_path: Path) -> None:
     assert "logprobs" not in run_stages(tiny_config(tmp_path, correction={"strategy": "none"})).calls
 
 
+def test_an_offline_policy_and_the_placebo_need_log_probs_and_alignments_do_not(tmp_path: Path) -> None:
+    offline = {"policy": {"algorithm": "dpo"}, "correction": {"strategy": "none"}}
+    assert "logprobs" in run_stages(tiny_config(tmp_path / "dpo", **offline)).calls
+    assert "logprobs" in run_stages(tiny_config(tmp_path / "b", correction={"strategy": "shuffled"})).calls
+    assert "logprobs" not in run_stages(tiny_config(tmp_path / "c", correction={"strategy": "wpo_bt"})).calls
+
+
+def test_an_ensemble_is_a_stage_of_its_own_beside_the_single_reward_model(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    run_stages(config)
+    ensemble = tiny_config(tmp_path, reward={"ensemble": {"num_members": 3}})
+    assert run_stages(ensemble).calls == ["reward"]
+    assert stage_paths(ensemble).reward != stage_paths(config).reward
+    assert run_stages(config).calls == []
+
+
 def test_training_and_held_out_prompts_share_nothing_and_pairs_use_training_prompts_evenly(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     cluster = run_stages(config)

@@ -70,6 +70,11 @@ def test_samples_that_all_agree_give_no_pair():
     assert pair([0, 0, 0], [1.0, 2.0, 3.0], 0.0) is None
 
 
+def test_samples_that_all_differ_give_no_pair():
+    assert pair([0, 1], [1.0, 2.0]) is None
+    assert pair([0, 1, 2], [1.0, 2.0, 3.0], 0.0) is None
+
+
 def test_of_equally_large_clusters_the_first_is_taken():
     assert pair([0, 1, 1, 0], [0.0, 5.0, 6.0, 1.0])[0] == 3
 

@@ -140,3 +140,18 @@ def test_pairs_written_by_another_model_are_scored_under_it(tmp_path):
     actor.start()
     expected = [row.sum() for row in expected_rows(moved_policy(), SEQUENCES, 1.0)]
     np.testing.assert_allclose(actor.pair_logprobs(None, np.arange(11))[:, 0], expected, rtol=1e-5)
+
+
+def test_alignments_are_those_of_full_vocabulary_float64_arithmetic_under_the_snapshot(actor, tmp_path):
+    weights, indices = published(tmp_path), np.array([7, 2, 5, 0, 10])
+    model, expected = moved_policy().double(), []
+    for sequence in (side for index in indices for side in (PAIRS[index].chosen, PAIRS[index].rejected)):
+        tokens = torch.tensor([sequence.prompt_ids + sequence.response_ids])
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits[0, len(sequence.prompt_ids) - 1 : -1]
+        probabilities = torch.softmax(logits / TEMPERATURE, dim=-1)
+        said = probabilities.gather(1, torch.tensor(sequence.response_ids)[:, None])[:, 0]
+        expected.append(float((said.log() - probabilities.square().sum(dim=-1).log()).mean()))
+    alignments = actor.pair_alignments(weights, indices)
+    assert alignments.dtype == np.float32
+    np.testing.assert_allclose(alignments, np.reshape(expected, (5, 2)), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,123 @@
+"""What a correction asks of an engine beside training: weights moved for a while, plain gradients, second moments."""
+
+import pytest
+import torch
+from tiny_models import EOS, llama_config, pad_batch, random_pairs
+
+from actors.training_engine import EngineSettings, TrainingEngine
+from ocrm_ray.networks import ScalarModel, last_token_scores
+
+pytestmark = pytest.mark.real
+
+BATCH = pad_batch([pair.chosen for pair in random_pairs(12, seed=1)], EOS)
+OTHER = pad_batch([pair.rejected for pair in random_pairs(9, seed=2)], EOS)
+PLAIN, ZERO_1, BFLOAT16 = (0, "float32"), (1, "float32"), (0, "bfloat16")
+BETA2 = 0.95
+
+
+def build_network():
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(4)
+    config = llama_config(num_labels=1, num_hidden_layers=1, initializer_range=0.1, pad_token_id=EOS)
+    return LlamaForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def make_engine():
+    engines = []
+
+    def make(zero_stage, dtype):
+        settings = EngineSettings(1e-2, 1e6, zero_stage=zero_stage, dtype=dtype, beta2=BETA2)
+        engines.append(TrainingEngine(ScalarModel(build_network()), settings))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def weights_of(engine):
+    return [parameter.detach().clone() for parameter in engine.module.parameters()]
+
+
+def mean_square(model, batch):
+    return last_token_scores(model, batch).square().mean()
+
+
+def train(engine, num_steps):
+    for _ in range(num_steps):
+        engine.accumulate([BATCH], lambda batch: mean_square(engine.forward, batch))
+        engine.step(1.0)
+
+
+class Planted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [PLAIN, ZERO_1, BFLOAT16])
+def test_moved_weights_come_back_to_the_last_bit_also_when_the_body_raises(make_engine, zero_stage, dtype):
+    engine = make_engine(zero_stage, dtype)
+    before = weights_of(engine)
+    moves = [torch.full(weight.shape, 0.37) for weight in before]
+    with engine.moved(moves):
+        for inside, weight in zip(weights_of(engine), before, strict=True):
+            torch.testing.assert_close(inside, (weight.float() + 0.37).to(weight.dtype), atol=0, rtol=0)
+    assert all(map(torch.equal, weights_of(engine), before))
+    with pytest.raises(Planted), engine.moved(moves):
+        raise Planted
+    assert all(map(torch.equal, weights_of(engine), before))
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [PLAIN, ZERO_1, BFLOAT16])
+def test_a_step_descends_from_the_old_weights_along_the_gradient_at_the_moved_ones(make_engine, zero_stage, dtype):
+    """The first step of Adam goes by the learning rate in the gradient's sign."""
+    engine, network = make_engine(zero_stage, dtype), ScalarModel(build_network())
+    before = weights_of(engine)
+    moves = [0.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(w.numel())) for w in before]
+    with torch.no_grad():
+        for parameter, move in zip(network.parameters(), moves, strict=True):
+            parameter.add_(move)
+    gradients = torch.autograd.grad(mean_square(network, BATCH), list(network.parameters()))
+    with engine.moved(moves):
+        engine.accumulate([BATCH], lambda batch: mean_square(engine.forward, batch))
+    engine.step(1.0)
+    for new, old, gradient in zip(weights_of(engine), before, gradients, strict=True):
+        clear = gradient.abs() > 0.1 * gradient.abs().max()
+        step = (new.float() - old.float())[clear]
+        expected = -1e-2 * gradient[clear].sign()
+        torch.testing.assert_close(step, expected, atol=1e-6 if dtype == "float32" else 4e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [PLAIN, ZERO_1, BFLOAT16])
+def test_gradients_are_those_of_plain_torch_and_leave_the_next_step_as_it_is(make_engine, zero_stage, dtype):
+    network = ScalarModel(build_network()).to(torch.float32 if dtype == "float32" else torch.bfloat16)
+    total = sum(mean_square(network, batch) for batch in (BATCH, OTHER))
+    expected = torch.autograd.grad(total, list(network.parameters()))
+    asked, other = make_engine(zero_stage, dtype), make_engine(zero_stage, dtype)
+    found = asked.gradients([BATCH, OTHER], lambda batch: mean_square(asked.module, batch))
+    scale = max(float(gradient.abs().max()) for gradient in expected)
+    for gradient, reference in zip(found, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        tolerance = 1e-6 if dtype == "float32" else 2e-2
+        torch.testing.assert_close(gradient, reference.float(), atol=tolerance * scale, rtol=tolerance)
+    for engine in (asked, other):
+        train(engine, 1)
+    assert all(map(torch.equal, weights_of(asked), weights_of(other)))
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [PLAIN, ZERO_1, BFLOAT16])
+def test_second_moments_are_adams_without_their_bias_and_none_before_a_step(make_engine, zero_stage, dtype):
+    engine = make_engine(zero_stage, dtype)
+    assert engine.second_moments() is None
+    moments = None
+    for step in range(1, 4):
+        gradients = engine.gradients([BATCH], lambda batch: mean_square(engine.module, batch))
+        squares = [(1 - BETA2) * gradient.square() for gradient in gradients]
+        moments = [BETA2 * old + new for old, new in zip(moments, squares, strict=True)] if moments else squares
+        train(engine, 1)
+        for found, running in zip(engine.second_moments(), moments, strict=True):
+            expected = running / (1 - BETA2**step)
+            torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.max()), rtol=2e-3)
+    engine.reset_optimizer()
+    assert engine.second_moments() is None

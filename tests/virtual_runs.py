@@ -1,0 +1,47 @@
+"""Whole runs over fakes on a virtual clock, and what they left in their folders."""
+
+import asyncio
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+from fakes import FakePools, prompts
+from virtual_clock import run_virtual
+
+from ocrm_ray.config import RunConfig
+from ocrm_ray.coordinator import Coordinator, TrainingData
+from ocrm_ray.correction import PairData
+from ocrm_ray.metrics import RunLog
+from ocrm_ray.offline import OfflineCoordinator
+from ocrm_ray.records import Sequence
+
+NUM_PAIRS = 10
+
+
+async def coordinate(config: RunConfig, fakes: FakePools, run_dir: Path) -> float:
+    """Run to the end; returns the virtual seconds it took."""
+    clock = asyncio.get_running_loop().time
+    data = TrainingData(
+        prompts=itertools.cycle(prompts(50)),
+        heldout=prompts(3),
+        pairs=PairData(NUM_PAIRS, np.arange(2 * NUM_PAIRS, dtype=np.float32).reshape(-1, 2), np.arange(NUM_PAIRS)),
+        probe=(Sequence((1,), (2,), True),),
+    )
+    with RunLog(run_dir, clock) as log:
+        kind = OfflineCoordinator if config.policy.is_offline else Coordinator
+        await kind(config, fakes.pools(), data, log, clock).run()
+    return clock()
+
+
+def run(config: RunConfig, fakes: FakePools, run_dir: Path) -> float:
+    return run_virtual(coordinate(config, fakes, run_dir))
+
+
+def events(run_dir: Path, name: str | None = None) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if name in (None, row["event"])]
+
+
+def metrics(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
