@@ -78,6 +78,8 @@ class HeldoutEvaluator:
         pairs = [[np.asarray(scores) for scores in scored if len(scores) > 1] for scored in (gold, proxy)]
         return {
             "gold_mean": float(first.mean()),
+            "gold_mean_even": _mean(first[::2]),
+            "gold_mean_odd": _mean(first[1::2]) if len(first) > 1 else None,
             "gold_se": float(first.std(ddof=1) / np.sqrt(len(first))) if len(first) > 1 else None,
             "gold_win_rate": win_rate(first, self.sft_gold),
             "rm_accuracy": pair_accuracy(pairs[0], pairs[1]),

@@ -17,7 +17,9 @@ from ocrm_ray.machine import NetworkSizes, machine_problems
 from ocrm_ray.model_folders import ModelFacts, Role, backbone_difference, is_hub_name, read_model, shares_vocabulary
 
 _STAGE_KEYS = ("seed", "world", "data", "sft", "pairs", "gold", "reward", "rollout.max_new_tokens")
-_WITHOUT_EFFECT = ("pairs.allow_unknown_behaviour", "reward.scale", "gold.batch_size")
+_WITHOUT_EFFECT: tuple[str, ...] = ("pairs.allow_unknown_behaviour", "reward.scale", "gold.batch_size")
+_WITHOUT_EFFECT += tuple(f"reward.ensemble.{key}" for key in ("num_members", "aggregate", "variance_coefficient"))
+"""An ensemble's members are a stage of their own, and what is made of their scores is RL."""
 
 
 def inspect(config: RunConfig) -> list[Problem]:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 STAGES = ("generate", "score", "train", "publish")
 POOLS = ("generation", "policy", "scoring", "reward")
-EVALUATED = ("proxy_mean", "gold_mean", "gold_se", "gold_win_rate", "rm_accuracy", "kl_sft", "response_tokens_mean")
-"""What a line has of its evaluation; as ``eval_...`` where the step measures the same."""
+EVALUATED = tuple(f.name for f in fields(EvaluationReport) if f.name not in ("step", "policy_version", "seconds"))
+"""What a line has of its evaluation; KL, and what the step measures too, as ``eval_...``."""
 NUM_PEAK_EVALUATIONS = 3
 
 
@@ -134,7 +134,7 @@ class RunLog(AbstractContextManager["RunLog"]):
             line = asdict(self._waiting.popleft())
             report = self._evaluations.pop(line["step"], None)
             for name in EVALUATED:
-                line[f"eval_{name}" if name in line else name] = getattr(report, name, None)
+                line[f"eval_{name}" if name in line or name.startswith("kl_") else name] = getattr(report, name, None)
             self._metrics.write(line)
             self._write_board(line["step"], line)
 

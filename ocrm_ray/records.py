@@ -199,6 +199,8 @@ class EvaluationReport:
     kl_sft: float
     response_tokens_mean: float
     gold_mean: float | None = None
+    gold_mean_even: float | None = None  # of every other prompt from the first, and
+    gold_mean_odd: float | None = None  # of the rest: one half can choose what the other reports
     gold_se: float | None = None
     gold_win_rate: float | None = None
     """Against the SFT model's responses of the first evaluation; a tie counts half."""
