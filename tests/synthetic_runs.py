@@ -57,6 +57,8 @@ def evaluation(step: int, shape: Shape, noise: np.random.Generator) -> Evaluatio
         kl_sft=kl_at(step, shape) * (1 + 0.03 * noise.standard_normal()),
         response_tokens_mean=11.4,
         gold_mean=gold if shape.gold else None,
+        gold_mean_even=gold + 0.05 if shape.gold else None,
+        gold_mean_odd=gold - 0.05 if shape.gold else None,
         gold_se=0.06 if shape.gold else None,
         gold_win_rate=1 / (1 + math.exp(-gold / 2)) if shape.gold else None,
         rm_accuracy=0.72 - 0.0009 * shape.decline * 8 * step if shape.gold else None,
