@@ -12,6 +12,7 @@ from actors.session import ray_session
 from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import study_runs
 from ocrm_ray.progress import ProgressDisplay
+from ocrm_ray.study_jobs import run_side_by_side
 from ocrm_ray.study_report import study_table, write_study
 
 COORDINATOR_CPUS = 0.1
@@ -40,18 +41,22 @@ def run(config: RunConfig, resume: bool) -> str:
     return f"{figures}\nreport: {report}"
 
 
-def run_study(study: StudyConfig) -> str:
-    """Every arm with every seed, one after the other over shared stages; an arm that has its summary is skipped.
+def run_study(study: StudyConfig, num_jobs: int = 1) -> str:
+    """Every arm with every seed over shared stages, ``num_jobs`` at once; a run that has its summary is skipped.
 
-    Returns the table, and where the report is.
+    The report is written anew after every run. Returns the table, and where the report is.
     """
-    with ray_session(study.name) as shared_memory, ProgressDisplay() as display:
-        for arm, seed, config in study_runs(study, cwd=Path.cwd()):
-            if not (config.run_dir / "summary.json").exists():
+    folder = study.output_dir / study.name
+    runs = [run for run in study_runs(study, cwd=Path.cwd()) if not (run[2].run_dir / "summary.json").exists()]
+    if num_jobs > 1:
+        run_side_by_side(runs, num_jobs, lambda: write_study(folder, study))
+    elif runs:
+        with ray_session(study.name) as shared_memory, ProgressDisplay() as display:
+            for arm, seed, config in runs:
                 forget_training(config.run_dir)
                 asyncio.run(_run(config, shared_memory, display, arm=f"{arm} seed {seed}"))
-    folder = study.output_dir / study.name
-    page = write_study(folder, list(study.arms), study.seeds)
+                write_study(folder, study)
+    page = write_study(folder, study)
     table = study_table(json.loads((folder / "study.json").read_text(encoding="utf-8")))
     return f"{table}\nreport: {page}"
 

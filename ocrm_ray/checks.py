@@ -30,13 +30,16 @@ def contradictions(config: RunConfig) -> list[Problem]:
 def study_problems(study: StudyConfig) -> list[Problem]:
     """Contradictions and inspection of every run of a study, told once, of its base or its arm."""
     per_arm: dict[str, list[Problem]] = {arm: [] for arm in study.arms}
-    do = f"move it to base: the arms share the stages in {study.output_dir / study.name / SHARED}"
+    folder = study.output_dir / study.name / SHARED
+    do = f"move it to base, or name the arm in own_stages: the arms share the stages in {folder}"
     runs = study_runs(study)
+    shared = [config for arm, _, config in runs if arm not in study.own_stages]
     for arm, seed, config in runs:
-        first = runs[0][2].model_copy(update={"seed": seed})
+        first = shared[0].model_copy(update={"seed": seed}) if shared else config
         differences = [
             Problem(key, shown(ours), f"{shown(theirs)}, as in the first arm", do)
             for key, ours, theirs in stage_differences(config, first)
+            if arm not in study.own_stages
         ]
         per_arm[arm] += [*contradictions(config), *inspect(config), *differences]
     return arm_problems(study, per_arm)

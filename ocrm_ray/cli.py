@@ -24,6 +24,8 @@ RESUME = (
     "again; RL continues from its last checkpoint, and starts over where there is none"
 )
 
+JOBS = "so many runs at once, each with the processes and the memory of one (default 1: one Ray session for all)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -58,6 +60,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         command.add_argument("overrides", nargs="*", metavar="key=value", help=text)
         if function is _run:
             command.add_argument("--resume", action="store_true", help=RESUME)
+        if function is _study:
+            command.add_argument("--jobs", type=_positive, default=1, metavar="N", help=JOBS)
     # argparse takes positionals that follow an option for unknown arguments: overrides may stand anywhere.
     arguments, rest = parser.parse_known_args(argv)
     options = [text for text in rest if text.startswith("-") or "overrides" not in arguments]
@@ -66,6 +70,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if rest:
         arguments.overrides += rest
     return arguments
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, need a whole number from 1")
+    return int(text)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -114,22 +124,18 @@ def _study(arguments: argparse.Namespace) -> int:
     _refuse(study)
     from actors.launcher import run_study
 
-    return _guarded(arguments, lambda: run_study(study), study.output_dir / study.name / "ARM" / "seed-N")
+    return _guarded(
+        arguments, lambda: run_study(study, arguments.jobs), study.output_dir / study.name / "ARM" / "seed-N"
+    )
 
 
 def _report(arguments: argparse.Namespace) -> int:
     """rebuild report.html and plots/ from the files of a run folder"""
-    import json
-
     from ocrm_ray.report import write_report
-    from ocrm_ray.study_report import write_study
+    from ocrm_ray.study_report import rewrite_study
 
     folder: Path = arguments.run_dir
-    if (folder / "study.json").is_file():
-        study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-        page = write_study(folder, list(study["arms"]), study["seeds"])
-    else:
-        page = write_report(folder)
+    page = rewrite_study(folder) if (folder / "study.json").is_file() else write_report(folder)
     sys.stdout.write(f"{page}\n")
     return DONE
 
@@ -150,6 +156,7 @@ def _guarded(arguments: argparse.Namespace, launch: Callable[[], str], folder: P
     Without a run ``folder`` there is nothing to resume.
     """
     option = ["--resume"] if arguments.name == "run" else []
+    option += ["--jobs", str(arguments.jobs)] if getattr(arguments, "jobs", 1) > 1 else []
     again = shlex.join(["ocrm-ray", arguments.name, str(arguments.config), *option, *arguments.overrides])
     resume = f"{'resume' if folder else 'again'}: {again}"
     try:

@@ -301,3 +301,16 @@ class StudyConfig(Section):
     """Arm name -> dotted keys and their values, applied to ``base``."""
     seeds: tuple[NonNegativeInt, ...] = (1,)
     """A seed redraws every stage, not only RL."""
+    arm_seeds: dict[RunName, tuple[NonNegativeInt, ...]] = Field(default_factory=dict)
+    """Arm name -> its seeds, in place of ``seeds``."""
+    own_stages: tuple[RunName, ...] = ()
+    """Arms that make SFT model, pairs and first reward model for themselves: their settings before RL may differ."""
+    control: RunName | None = None
+    """The arm that the others are compared with, seed by seed."""
+    early_stopping: RunName | None = None
+    """The arm that the report also shows stopped at its gold peak: the row ``early_stopping``, from no run of its own.
+    Half of the evaluation prompts chooses the evaluation, the other half gives its gold; both ways, averaged."""
+
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        """Of ``arm_seeds``, else ``seeds``."""
+        return self.arm_seeds.get(arm, self.seeds)

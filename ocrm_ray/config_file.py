@@ -25,6 +25,8 @@ Config = TypeVar("Config", bound=Section)
 
 SET_BY_STUDY = ("name", "output_dir", "stages_dir", "seed")
 SHARED = "shared"
+EARLY_STOPPING = "early_stopping"
+"""The report's own arm."""
 _PATH_KEYS = ("ready", "base", "behaviour", "model", "path")
 _WRITTEN_KEYS = ("output_dir", "stages_dir", "cache_file")
 
@@ -67,7 +69,8 @@ def load_study_config(path: Path, overrides: Sequence[str]) -> StudyConfig:
 def study_runs(study: StudyConfig, *, cwd: Path | None = None) -> list[tuple[str, int, RunConfig]]:
     """(arm, seed, configuration) of every run, seeds innermost; ``cwd`` as for ``load_run_config``.
 
-    Run folders are ``output_dir/STUDY/ARM/seed-N``; the arms of a seed share ``output_dir/STUDY/shared/seed-N``.
+    Run folders are ``output_dir/STUDY/ARM/seed-N``; the arms of a seed share ``output_dir/STUDY/shared/seed-N``,
+    but those of ``own_stages``.
     Raises UserError with everything that is wrong in the study and its arms.
     """
     root = study.output_dir / study.name
@@ -79,8 +82,9 @@ def study_runs(study: StudyConfig, *, cwd: Path | None = None) -> list[tuple[str
         except UserError as error:
             per_arm[arm] = error.problems
             continue
-        for seed in study.seeds:
-            folders = {"output_dir": root / arm, "stages_dir": root / SHARED / f"seed-{seed}"}
+        for seed in study.seeds_of(arm):
+            stages_dir = None if arm in study.own_stages else root / SHARED / f"seed-{seed}"
+            folders = {"output_dir": root / arm, "stages_dir": stages_dir}
             run = config.model_copy(update={"name": f"seed-{seed}", "seed": seed, **folders})
             runs.append((arm, seed, run if cwd is None else anchored(run, cwd)))
     if problems := [*_study_contradictions(study), *arm_problems(study, per_arm)]:
@@ -199,5 +203,19 @@ def _study_contradictions(study: StudyConfig) -> Iterator[Problem]:
     if not study.arms or SHARED in study.arms:
         need = f"at least one arm, none called {SHARED} (stages live there)"
         yield Problem("arms", shown(list(study.arms)), need, "change them")
-    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
-        yield Problem("seeds", shown(study.seeds), "at least one seed, each once", "change them")
+    if study.early_stopping and EARLY_STOPPING in study.arms:
+        need = f"none called {EARLY_STOPPING} beside early_stopping: the report adds it"
+        yield Problem("arms", shown(list(study.arms)), need, "rename it")
+    yield from _unknown_arms(study)
+    for where, seeds in {"seeds": study.seeds, **{f"arm_seeds.{a}": s for a, s in study.arm_seeds.items()}}.items():
+        if not seeds or len(set(seeds)) < len(seeds):
+            yield Problem(where, shown(seeds), "at least one seed, each once", "change them")
+
+
+def _unknown_arms(study: StudyConfig) -> Iterator[Problem]:
+    """Arms that are named but not there; told only where there are arms."""
+    named = {"control": study.control, "early_stopping": study.early_stopping}
+    named |= {f"own_stages.{index}": arm for index, arm in enumerate(study.own_stages)}
+    for where, arm in {**named, **{f"arm_seeds.{arm}": arm for arm in study.arm_seeds}}.items():
+        if study.arms and arm is not None and arm not in study.arms:
+            yield Problem(where, shown(arm), f"one of the arms ({', '.join(study.arms)})", "correct it, or remove it")

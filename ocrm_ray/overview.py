@@ -22,9 +22,12 @@ def show(config: RunConfig | StudyConfig) -> None:
         _show_pools(console, config)
         return
     runs = study_runs(config)
-    console.print(f"{len(runs)} runs: {len(config.arms)} arms x {len(config.seeds)} seeds")
-    for arm, _, run in runs[:: len(config.seeds)]:
-        console.print(f"\narm {arm}")
+    console.print(f"{len(runs)} runs of {len(config.arms)} arms")
+    first_runs: dict[str, RunConfig] = {}
+    for arm, _, run in runs:
+        first_runs.setdefault(arm, run)
+    for arm, run in first_runs.items():
+        console.print(f"\narm {arm}: seeds {', '.join(map(str, config.seeds_of(arm)))}")
         _show_pools(console, run)
 
 

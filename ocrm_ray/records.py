@@ -210,6 +210,8 @@ class EvaluationReport:
     """From the anchor that is live when the samples are scored."""
     kl_anchor_k3: float
     gold_mean: float | None = None
+    gold_mean_even: float | None = None  # of every other prompt from the first, and
+    gold_mean_odd: float | None = None  # of the rest: one half can choose what the other reports
     gold_se: float | None = None
     gold_win_rate: float | None = None
     """Against the SFT model's responses of the first evaluation; a tie counts half."""

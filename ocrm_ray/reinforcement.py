@@ -19,6 +19,7 @@ from ocrm_ray.preferences import read_pairs
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.records import EvaluationReport
 from ocrm_ray.report import write_report
+from ocrm_ray.stage_lock import held
 from ocrm_ray.stages import Stages, shuffled_epochs
 
 
@@ -51,7 +52,8 @@ async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dic
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_yaml(config))
     stages = Stages(config, cluster, show)
-    await stages.run()
+    async with held(config.stage_root):
+        await stages.run()
     show(ProgressState(stage="start"))
     pools = await cluster.pools()
     with ShownRunLog(config.run_dir, config.policy.num_updates, show) as log:

@@ -53,6 +53,8 @@ def evaluation(step: int, shape: Shape, noise: np.random.Generator) -> Evaluatio
     win_rate, accuracy = 1 / (1 + math.exp(-gold / 2)), 0.72 - 0.0009 * shape.decline * 8 * step
     of_gold = {
         "gold_mean": gold,
+        "gold_mean_even": gold + 0.05,
+        "gold_mean_odd": gold - 0.05,
         "gold_se": 0.06,
         "gold_win_rate": win_rate,
         "gold_win_rate_low": win_rate - 0.02,

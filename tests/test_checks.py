@@ -499,7 +499,7 @@ def test_a_study_tells_each_problem_once_with_its_arm() -> None:
         "lower it, or raise data.num_heldout",
         "arms.b.correction.max_lag: got 1, need nothing beside correction.promote_after 1: remove one of the two",
         "arms.c.pairs.temperature: got 0.5, need 1.0, as in the first arm: "
-        "move it to base: the arms share the stages in runs/s/shared",
+        "move it to base, or name the arm in own_stages: the arms share the stages in runs/s/shared",
     ]
 
 

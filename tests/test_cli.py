@@ -41,7 +41,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def launch_with(monkeypatch: pytest.MonkeyPatch, function: Callable[..., object]) -> None:
     launcher = ModuleType("actors.launcher")
     launcher.run = lambda config, resume: function(config, resume) or ""  # type: ignore[attr-defined]
-    launcher.run_study = lambda study: function(study) or ""  # type: ignore[attr-defined]
+    launcher.run_study = lambda study, jobs: function(study, jobs) or ""  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "actors.launcher", launcher)
     rehearsal = ModuleType("actors.rehearsal")
     rehearsal.rehearse = lambda config: function(config) or "figures"  # type: ignore[attr-defined]
@@ -63,8 +63,8 @@ MISTAKES = {
     "run run.yaml policy.lr=1": "policy.lr: got an unknown key, need policy.learning_rate: correct the key",
     "run run.yaml policy.gama=1": "policy.gama: got an unknown key, need policy.gamma: correct the key",
     "run run.yaml polcy.gamma=1": "polcy: got an unknown key, need policy: correct the key",
-    "run run.yaml policy.algorithm=sac": "policy.algorithm: got \"sac\", need 'ppo', 'rloo', 'grpo', 'dpo' or "
-    "'wpo': change it",
+    "run run.yaml policy.algorithm=sac": "policy.algorithm: got \"sac\", need 'ppo', 'rloo', 'grpo', 'dpo' or 'wpo': "
+    "change it",
     "run run.yaml policy.gamma=1.5": f"policy.gamma: got 1.5, {AT_MOST_1}",
     "run run.yaml policy.num_updates=many": 'policy.num_updates: got "many", need an integer: change it',
     "run run.yaml rollout.missing_eos=drop": "rollout.missing_eos: got \"drop\", need 'mask' or a mapping: change it",
@@ -83,7 +83,7 @@ MISTAKES = {
     "study study.yaml base.evaluation.num_prompts=2000": "base.evaluation.num_prompts: got 2000, "
     "need at most 1024, as data.num_heldout: lower it, or raise data.num_heldout",
     "study study.yaml arms.b.sft.num_epochs=9": "arms.b.sft.num_epochs: got 9, need 3, as in the first arm: "
-    "move it to base: the arms share the stages in runs/s/shared",
+    "move it to base, or name the arm in own_stages: the arms share the stages in runs/s/shared",
     "run run.yaml world=null gold={kind:\\ function,path:\\ json:loads} sft.ready=a/b": "data.prompts: got nothing, "
     "need prompts, or the embedded world: set it, or set world: {}",
     "run run.yaml rollout.samples_per_prompt=1": "rollout.samples_per_prompt: got 1, "
@@ -168,10 +168,29 @@ def test_run_launches_with_absolute_paths_and_overrides_on_either_side_of_option
     assert launched[1][1] is False
 
 
-def test_study_launches_the_study(launched: list[tuple[StudyConfig]]) -> None:
+def test_study_launches_the_study(launched: list[tuple[StudyConfig, int]]) -> None:
     assert main(["study", "study.yaml", "seeds=[7]"]) == 0
-    [(study,)] = launched
-    assert (study.name, study.seeds, list(study.arms)) == ("s", (7,), ["a", "b"])
+    [(study, num_jobs)] = launched
+    assert (study.name, study.seeds, list(study.arms), num_jobs) == ("s", (7,), ["a", "b"], 1)
+
+
+def test_study_takes_a_number_of_jobs(
+    launched: list[tuple[StudyConfig, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", "--jobs", "3", "study.yaml", "seeds=[7]"]) == 0
+    assert launched.pop()[1] == 3
+    for text in ("0", "-1", "many"):
+        assert main(["study", "study.yaml", f"--jobs={text}"]) == 2
+        assert f"argument --jobs: got {text}, need a whole number from 1" in capsys.readouterr().err
+    assert launched == []
+
+
+def test_how_to_resume_a_study_names_its_jobs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch_with(monkeypatch, fail_with(KeyboardInterrupt()))
+    assert main(["study", "study.yaml", "--jobs", "2", "seeds=[7]"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "resume: ocrm-ray study study.yaml --jobs 2 'seeds=[7]'"
 
 
 def test_a_run_folder_with_training_steps_is_refused_unless_resumed(
@@ -294,9 +313,9 @@ def test_check_prints_tree_pools_and_step_and_touches_nothing(
 def test_check_of_a_study_shows_every_arm(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "study.yaml"]) == 0
     out = capsys.readouterr().out
-    assert "4 runs: 2 arms x 2 seeds" in out
+    assert "4 runs of 2 arms" in out
     assert out.count("predicted step: ") == 2
-    assert out.index("\narm a\n") < out.index("\narm b\n") < out.index("corrections: none")
+    assert out.index("\narm a: seeds 1, 2\n") < out.index("\narm b: seeds 1, 2\n") < out.index("corrections: none")
 
 
 def test_check_says_when_a_model_is_elsewhere(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,11 +332,11 @@ def test_report_rebuilds_a_run_and_a_study(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ocrm_ray.report.write_report", lambda run_dir: run_dir / "report.html")
-    monkeypatch.setattr("ocrm_ray.study_report.write_study", lambda *arguments: arguments)
+    monkeypatch.setattr("ocrm_ray.study_report.rewrite_study", lambda study_dir: study_dir / "study.html")
     (workplace / "study").mkdir()
-    (workplace / "study" / "study.json").write_text('{"name": "s", "seeds": [1, 2], "arms": {"a": {}, "b": {}}}')
+    (workplace / "study" / "study.json").write_text("{}")
     assert main(["report", "study"]) == 0
-    assert capsys.readouterr().out == f"{(Path('study'), ['a', 'b'], [1, 2])}\n"
+    assert capsys.readouterr().out == "study/study.html\n"
     (workplace / "study" / "study.json").unlink()
     assert main(["report", "study"]) == 0
     assert capsys.readouterr().out == "study/report.html\n"

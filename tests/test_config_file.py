@@ -7,7 +7,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ocrm_ray.checks import contradictions
+from ocrm_ray.checks import contradictions, study_problems
 from ocrm_ray.config import JudgeGold, MissingEosPenalty, RunConfig, StudyConfig
 from ocrm_ray.config_file import dump_yaml, load_any, load_run_config, load_study_config, study_runs
 from ocrm_ray.config_problems import known_keys
@@ -135,6 +135,68 @@ def test_study_runs_lay_each_arm_over_the_base_and_share_stages_by_seed(tmp_path
     assert (last.seed, last.correction.strategy) == (7, "none")
 
 
+def test_single_arms_have_other_seeds_and_stages_of_their_own(tmp_path: Path) -> None:
+    text = "name: s\nseeds: [1]\nbase: {}\narms: {a: {}, b: {}}\narm_seeds: {b: [5, 2]}\nown_stages: [b]"
+    runs = study_runs(study_of(tmp_path, text))
+    assert [(arm, seed, config.seed) for arm, seed, config in runs] == [("a", 1, 1), ("b", 5, 5), ("b", 2, 2)]
+    roots = ["runs/s/shared/seed-1", "runs/s/b/seed-5/stages", "runs/s/b/seed-2/stages"]
+    assert [config.stage_root for _, _, config in runs] == [Path(root) for root in roots]
+
+
+def study_file(name: str) -> StudyConfig:
+    return load_study_config(Path(__file__).parents[1] / "configs" / "study" / f"{name}.yaml", [])
+
+
+@pytest.mark.parametrize("name", ["demo", "quick", "methods", "kl", "sensitivity"])
+def test_the_arms_of_a_shipped_study_can_share_their_stages_and_run_here(name: str, tmp_path: Path) -> None:
+    study = study_file(name).model_copy(update={"output_dir": tmp_path})
+    assert [problem for problem in study_problems(study) if problem.path != "pools"] == []
+
+
+def test_the_grids_stand_on_the_settings_of_the_demo() -> None:
+    demo = study_file("demo").base
+    assert study_file("methods").base == demo
+    for name in ("kl", "sensitivity"):
+        base = study_file(name).base
+        base["correction"].pop("weights")  # type: ignore[attr-defined]
+        base["correction"].pop("strategy", None)  # type: ignore[attr-defined]
+        assert base == demo
+
+
+def test_the_main_grid_has_its_arms_with_their_settings() -> None:
+    study = study_file("methods")
+    runs = {arm: run for arm, _, run in study_runs(study)}
+    assert {arm for arm in runs if len(study.seeds_of(arm)) == 5} == {"frozen", "refit-moving", "ocrm", "ocrm-moving"}
+    assert {len(study.seeds_of(arm)) for arm in runs} == {3, 5}
+    strategies = {arm: run.correction.strategy for arm, run in runs.items()}
+    named = {"refit", "shuffled", "relabel", "metarm", "ocrm"}
+    assert {arm: strategies[arm] for arm in named} == {arm: arm for arm in named}
+    assert {arm for arm in runs if strategies[arm] == "none"} == {"frozen", "frozen-moving", "dpo", "wpo", "ensemble"}
+    assert {arm for arm in runs if runs[arm].correction.kl_reference == "moving"} == {
+        arm for arm in runs if arm.endswith("-moving")
+    }
+    assert {arm: run.policy.algorithm for arm, run in runs.items() if run.policy.is_offline} == {
+        "dpo": "dpo", "wpo": "wpo",
+    }  # fmt: skip
+    assert runs["ocrm"].correction.weights == runs["ocrm-moving"].correction.weights
+    assert runs["ocrm"].correction.weights == runs["shuffled"].correction.weights
+    assert (runs["metarm-eta-0"].correction.metarm.eta, runs["metarm"].correction.metarm.eta > 0) == (0, True)
+    assert {(run.policy.num_updates, run.policy.kl_coefficient) for run in runs.values()} == {(160, 0.03)}
+    assert runs["ensemble"].reward.ensemble.num_members == 4
+
+
+def test_the_sweeps_change_one_setting_at_a_time() -> None:
+    kl = {arm: (run.correction.strategy, run.policy.kl_coefficient) for arm, _, run in study_runs(study_file("kl"))}
+    assert sorted(kl.values()) == [(arm, kl) for arm in ("none", "ocrm") for kl in (0.03, 0.1, 0.3)]
+    runs = {arm: run for arm, _, run in study_runs(study_file("sensitivity"))}
+    assert sorted({run.pairs.num_pairs for run in runs.values()}) == [2000, 8000, 20000, 80000]
+    assert sorted({run.correction.every for run in runs.values()}) == [5, 10, 20, 40]
+    assert sorted({run.correction.weights.m for run in runs.values()}) == [0, 0.001, 0.01, 0.1, 0.3, 1]
+    settings = [(run.pairs.num_pairs, run.correction.every, run.correction.weights.m) for run in runs.values()]
+    assert {sum(a != b for a, b in zip(each, (20000, 10, 1), strict=True)) for each in settings} == {0, 1}
+    assert {run.correction.strategy for run in runs.values()} == {"ocrm"}
+
+
 BAD_RUNS = {
     "correction: {every: 0}": "correction.every: got 0, need a number greater than or equal to 1: change it",
     "policy: {gamma: 2}": "policy.gamma: got 2, need a number less than or equal to 1: change it",
@@ -252,6 +314,23 @@ BAD_STUDIES = {
     "arms: {a: {}}\nseeds: [x]": [
         "base: got nothing, need a value: add it",
         'seeds.0: got "x", need an integer: change it',
+    ],
+}
+
+
+BAD_STUDIES |= {
+    "base: {}\narms: {a: {}}\narm_seeds: {b: [1]}\ncontrol: c\nearly_stopping: d\nown_stages: [a, e]": [
+        'control: got "c", need one of the arms (a): correct it, or remove it',
+        'early_stopping: got "d", need one of the arms (a): correct it, or remove it',
+        'own_stages.1: got "e", need one of the arms (a): correct it, or remove it',
+        'arm_seeds.b: got "b", need one of the arms (a): correct it, or remove it',
+    ],
+    "base: {}\narms: {a: {}}\narm_seeds: {a: [2, 2]}": [
+        "arm_seeds.a: got [2, 2], need at least one seed, each once: change them"
+    ],
+    "base: {}\narms: {early_stopping: {}}\nearly_stopping: early_stopping": [
+        'arms: got ["early_stopping"], need none called early_stopping beside early_stopping: the report adds it: '
+        "rename it"
     ],
 }
 

@@ -78,6 +78,7 @@ def test_first_evaluation_by_hand() -> None:
     report, rows = evaluator.evaluate(0, FIRST, FIRST_PROXY, *unmoved(FIRST))
     # Gold of the first samples: 1, 3, 2. The pair of prompt 0 has gold 1 < 2 and proxy 0.5 > 0.25.
     assert report.gold_mean == pytest.approx(2.0)
+    assert (report.gold_mean_even, report.gold_mean_odd) == (1.5, 3.0)
     assert report.gold_se == pytest.approx(1 / math.sqrt(3))
     assert report.gold_win_rate == 0.5
     assert (report.gold_win_rate_low, report.gold_win_rate_high) == wilson_interval(0.5, 3)
@@ -195,7 +196,7 @@ def test_without_second_samples_there_is_no_accuracy() -> None:
 def test_a_single_prompt_has_no_standard_error() -> None:
     evaluator = HeldoutEvaluator(PROMPTS[:1], TOKENIZER, WordGold(), 0)
     report, _ = evaluator.evaluate(0, FIRST[:1], FIRST_PROXY[:1], *unmoved(FIRST[:1]))
-    assert (report.gold_mean, report.gold_se) == (1.0, None)
+    assert (report.gold_mean, report.gold_mean_even, report.gold_mean_odd, report.gold_se) == (1.0, 1.0, None, None)
 
 
 def test_the_version_is_that_of_the_oldest_token() -> None:

@@ -197,6 +197,29 @@ def test_a_stage_is_done_only_with_the_same_inputs(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "pairs" / "stage.json").read_text())["num_pairs"] == 3
 
 
+def test_another_seed_redraws_world_prompts_sft_pairs_labels_and_reward_model(tmp_path: Path) -> None:
+    one, other = (tiny_config(tmp_path / str(seed), seed=seed) for seed in (5, 6))
+    clusters = [run_stages(config) for config in (one, other)]
+    assert clusters[0].calls == clusters[1].calls
+    for name in ("world", "data", "sft", "pairs", "reward", "logprobs"):
+        facts = [json.loads((config.stage_root / name / "stage.json").read_text()) for config in (one, other)]
+        assert facts[0]["fingerprint"] != facts[1]["fingerprint"], name
+    assert {r.seed for r in clusters[0].requests}.isdisjoint(r.seed for r in clusters[1].requests)
+    for file in ("world/policy/model.safetensors", "world/reward/model.safetensors", "data/prompts.jsonl"):
+        assert (one.stage_root / file).read_bytes() != (other.stage_root / file).read_bytes(), file
+    pairs = [read_pairs(config.stage_root / "pairs" / "train.jsonl") for config in (one, other)]
+    assert {pair.chosen for pair in pairs[0]}.isdisjoint(pair.chosen for pair in pairs[1])
+
+
+def test_an_ensemble_shares_every_stage_but_its_own_reward_models(tmp_path: Path) -> None:
+    shared = {"stages_dir": str(tmp_path / "shared")}
+    single = tiny_config(tmp_path, **shared)
+    run_stages(single)
+    ensemble = tiny_config(tmp_path, **shared, reward={"ensemble": {"num_members": 4, "aggregate": "worst"}})
+    assert run_stages(ensemble).calls == ["reward"]
+    assert run_stages(single).calls == []
+
+
 def test_an_epoch_holds_every_prompt_once_and_the_next_has_another_order(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     run_stages(config)

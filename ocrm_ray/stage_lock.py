@@ -1,0 +1,27 @@
+"""One run at a time makes stages in a folder that runs share; the others wait, and find them done."""
+
+import asyncio
+import fcntl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+POLL_S = 0.5
+
+
+@asynccontextmanager
+async def held(root: Path) -> AsyncIterator[None]:
+    """Holds the lock of the stages in ``root``. It ends with the process however that ends: nothing stays locked."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as file:
+        while not _is_free(file.fileno()):
+            await asyncio.sleep(POLL_S)
+        yield
+
+
+def _is_free(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
