@@ -123,8 +123,8 @@ class HeldoutEvaluator:
         by_gap, pairs_by_gap = order.by_gap()
         return {
             "gold_mean": float(first.mean()),
-            "gold_mean_even": _mean(first[::2]),
-            "gold_mean_odd": _mean(first[1::2]) if len(first) > 1 else None,
+            "gold_mean_even": float(first[::2].mean()),
+            "gold_mean_odd": float(first[1::2].mean()) if len(first) > 1 else None,
             "gold_se": float(first.std(ddof=1) / np.sqrt(len(first))) if len(first) > 1 else None,
             **_win_rate_fields("gold_win_rate", first, self.sft_gold),
             **_win_rate_fields("gold_win_rate_reference", first[has_reference], self._reference_gold[has_reference]),

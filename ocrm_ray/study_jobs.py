@@ -70,21 +70,25 @@ async def _run(config: RunConfig) -> int:
     path.write_text(dump_yaml(config), encoding="utf-8")
     with (config.run_dir / LOG).open("ab") as log:
         # in a session of its own: Ctrl-C comes to this process alone, which then ends each run once
-        process = await asyncio.create_subprocess_exec(
-            *COMMAND,
-            str(path),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
+        starting = asyncio.create_task(
+            asyncio.create_subprocess_exec(
+                *COMMAND,
+                str(path),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
         )
-    try:
-        return await process.wait()
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await process.wait()
+        try:
+            # cancelled by itself, the start of a process would kill it
+            return await (await asyncio.shield(starting)).wait()
+        finally:
+            process = await starting
+            if process.returncode is None:
+                process.terminate()
+                await process.wait()
 
 
 def _end_with_parent() -> None:
