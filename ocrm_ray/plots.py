@@ -108,12 +108,13 @@ def draw_run(run: Run) -> "dict[str, Figure]":
 
     windows = correction_windows(run)
     updates = [row for row in run.metrics if row.get("step_s")]
+    rollouts = [row for row in updates if row.get("rollout_tokens")]
     with matplotlib.rc_context(fname=STYLE):
         pictures = {
             "rewards": _draw_rewards({run.run_dir.name: [run]}, windows) if run.evaluations else None,
             "policy": _draw_panels(POLICY, run, windows),
             "reward_model": _draw_panels(REWARD_MODEL, run, windows),
-            "corrections": _draw_corrections(updates, windows) if updates else None,
+            "corrections": _draw_corrections(rollouts, windows) if rollouts else None,
             "times": _draw_times(updates) if updates else None,
         }
     return {name: picture for name, picture in pictures.items() if picture}

@@ -43,8 +43,8 @@ def _mass_within(angle: float, df: int) -> float:
 def paired_bootstrap(differences: Sequence[float]) -> tuple[Interval, float]:
     """(95 % percentile interval of the mean, share of resamples whose mean is above 0) of differences by seed.
 
-    The resamples are drawn with a fixed seed. The interval cannot leave the range of the differences: of a few it is too
-    narrow.
+    The resamples are drawn with a fixed seed. The interval cannot leave the range of the differences: of a few it is
+    too narrow.
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     means = rng.choice(np.asarray(differences), (NUM_RESAMPLES, len(differences))).mean(axis=1)

@@ -180,3 +180,62 @@ def test_ready_pairs_run_without_gold_on_two_engines(study_dir: Path, tmp_path: 
     assert summary["gold_mean"] is None
     assert summary["proxy_mean"] is not None
     assert "gold" in (run_dir / "report.html").read_text()
+
+
+METHODS = {
+    "metarm": {"correction.strategy": "metarm"},
+    "rlp-spg": {"correction.strategy": "rlp_spg", "correction.rlp_spg.clusterer": "encoder"},
+    "rlp-uml": {"correction.strategy": "rlp_uml"},
+    "relabel": {"correction.strategy": "relabel"},
+    "wpo-bt": {"correction.strategy": "wpo_bt"},
+    "ensemble": {"correction.strategy": "refit", "reward.ensemble": {"num_members": 2, "aggregate": "worst"}},
+    "dpo": {"correction.strategy": "none", "policy.algorithm": "dpo"},
+    "wpo": {"correction.strategy": "none", "policy.algorithm": "wpo"},
+}
+
+
+@pytest.fixture(scope="module")
+def methods_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quick study, with an arm of every other method."""
+    folder = tmp_path_factory.mktemp("methods")
+    study = yaml.safe_load((ROOT / "configs/study/quick.yaml").read_text())
+    study["arms"] |= METHODS
+    (folder / "quick.yaml").write_text(yaml.safe_dump(study | {"output_dir": str(folder)}))
+    ocrm_ray("study", str(folder / "quick.yaml"))
+    return folder / "quick"
+
+
+def told(methods_dir: Path, arm: str, event: str) -> list[dict[str, object]]:
+    return [row for row in jsonl(methods_dir / arm / "seed-1" / "events.jsonl") if row["event"] == event]
+
+
+def test_every_method_of_a_study_ends_with_its_figures(methods_dir: Path) -> None:
+    arms = json.loads((methods_dir / "study.json").read_text())["arms"]
+    assert arms.keys() >= {"frozen", "ocrm", "shuffled", *METHODS}
+    finals = {arm: arms[arm]["seeds"]["1"] for arm in ("frozen", "ocrm", "shuffled", *METHODS)}
+    assert {arm: figures["steps"] for arm, figures in finals.items()} == dict.fromkeys(finals, 6)
+    assert all(isinstance(figures["gold_mean"], float) for figures in finals.values())
+
+
+def test_corrections_that_learn_from_rollouts_get_them(methods_dir: Path) -> None:
+    for arm in ("relabel", "rlp-spg"):
+        assert all(row["num_prompts"] == 16 for row in told(methods_dir, arm, "pairs_added")[:1]), arm
+    relabelled = [row["num_pairs"] for row in told(methods_dir, "relabel", "pairs_added")]
+    assert 0 < relabelled[0] < relabelled[1]  # type: ignore[operator]
+    assert all(0.25 <= row["reward_spread"] < 0.75 for row in told(methods_dir, "metarm", "refit_finished"))  # type: ignore[operator]
+    assert all("view_loss" in row for row in told(methods_dir, "rlp-uml", "refit_finished"))
+
+
+def test_an_ensembles_members_are_model_folders_of_their_own(methods_dir: Path) -> None:
+    members = sorted((methods_dir / "ensemble/seed-1/reward/v1").iterdir())
+    assert [member.name for member in members] == ["member-0", "member-1"]
+    weights = [(member / "model.safetensors").read_bytes() for member in members]
+    assert weights[0] != weights[1]
+
+
+def test_offline_arms_generate_nothing_but_what_is_measured(methods_dir: Path) -> None:
+    for arm in ("dpo", "wpo"):
+        rows = jsonl(methods_dir / arm / "seed-1" / "metrics.jsonl")
+        assert [row["step"] for row in rows if row["gold_mean"] is not None] == [0, 2, 4, 6]
+        assert all(row["rollout_tokens"] is None for row in rows)
+        assert not told(methods_dir, arm, "correction_started")
