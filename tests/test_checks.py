@@ -119,8 +119,8 @@ CONTRADICTIONS = {
     "need 13 (its responses and EOS) to 124 (its models' context less the prompt) with world: change it",
     "rollout.max_new_tokens=125": "rollout.max_new_tokens: got 125, "
     "need 13 (its responses and EOS) to 124 (its models' context less the prompt) with world: change it",
-    "correction.strategy=metarm rollout.samples_per_prompt=1 policy.algorithm=ppo": "rollout.samples_per_prompt: got 1, "
-    "need at least 2: correction.strategy metarm learns from what a prompt's responses differ in: "
+    "correction.strategy=metarm rollout.samples_per_prompt=1 policy.algorithm=ppo": "rollout.samples_per_prompt: "
+    "got 1, need at least 2: correction.strategy metarm learns from what a prompt's responses differ in: "
     "raise it, or use another strategy",
     "correction.strategy=relabel rollout.samples_per_prompt=1 policy.algorithm=ppo": "rollout.samples_per_prompt: "
     "got 1, need at least 2: correction.strategy relabel learns from what a prompt's responses differ in: "

@@ -15,7 +15,7 @@ def test_every_training_pair_is_learned_once_an_epoch_in_a_new_order(tmp_path: P
     run(tiny_run(**OFFLINE), fakes, tmp_path)
     batches = [indices.tolist() for indices, _ in fakes.policy.learned]
     assert [len(batch) for batch in batches] == [4, 4, 2] * 4
-    epochs = [sum(batches[start : start + 3], []) for start in range(0, 12, 3)]
+    epochs = [[*batches[start], *batches[start + 1], *batches[start + 2]] for start in range(0, 12, 3)]
     assert all(sorted(epoch) == list(range(NUM_PAIRS)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
