@@ -101,9 +101,8 @@ def _model_problems(config: RunConfig, models: Mapping[str, ModelFacts]) -> Iter
     reward = models.get("reward.ready") or models.get("reward.base")
     num_new, correction = config.rollout.max_new_tokens, config.correction
     for key, facts in models.items():
-        if key not in ("gold.model", CLUSTERER) and config.data.max_prompt_tokens + num_new > (
-            facts.context or math.inf
-        ):
+        reads_whole = key not in ("gold.model", CLUSTERER)
+        if reads_whole and config.data.max_prompt_tokens + num_new > (facts.context or math.inf):
             got = f"{config.data.max_prompt_tokens} with rollout.max_new_tokens {num_new}"
             need = f"at most {facts.context} together, the context of {key}"
             yield Problem("data.max_prompt_tokens", got, need, "lower one of the two")

@@ -275,6 +275,120 @@ def test_commit_again_does_not_reset_again(tmp_path):
     np.testing.assert_array_equal(sums(once), sums(twice))
 
 
+PAIRS = random_pairs(13, seed=5)
+PAIR_TEMPERATURE = 1.3
+
+
+def pair_actor(tmp_path, algorithm, direct=None, **policy):
+    settings = {"algorithm": algorithm, "learning_rate": 1e-3, "direct": {"beta": 0.4} | (direct or {})}
+    folder = save_policy(tmp_path / "sft")
+    config = run_config(tmp_path, policy=settings | policy, pairs={"temperature": PAIR_TEMPERATURE})
+    save_pairs(config, PAIRS)
+    actor = PolicyActor(config, folder, None, config.run_dir, tmp_path / "exports")
+    actor.start()
+    return actor
+
+
+def full_table(model, sequence):
+    """Log-probs of the whole vocabulary [T, V] behind each response token, and the tokens [T, 1]."""
+    tokens = torch.tensor([sequence.prompt_ids + sequence.response_ids])
+    logits = model(input_ids=tokens).logits[0, len(sequence.prompt_ids) - 1 : -1]
+    return torch.log_softmax(logits / PAIR_TEMPERATURE, dim=-1), torch.tensor(sequence.response_ids)[:, None]
+
+
+def pair_sums(model, indices):
+    """Summed log-probs [N, 2] of (chosen, rejected)."""
+    rows = [full_table(model, side) for index in indices for side in (PAIRS[index].chosen, PAIRS[index].rejected)]
+    return torch.stack([table.gather(1, said).sum() for table, said in rows]).view(-1, 2)
+
+
+@torch.no_grad()
+def wpo_weights(model, indices):
+    """min(1, w(chosen) w(rejected)), w = exp of the mean over tokens of log p(y_t) - log sum_v p(v)^2."""
+    weights = []
+    for index in indices:
+        total = 0.0
+        for side in (PAIRS[index].chosen, PAIRS[index].rejected):
+            table, said = full_table(model, side)
+            total += float((table.gather(1, said)[:, 0] - table.exp().square().sum(dim=1).log()).mean())
+        weights.append(min(1.0, np.exp(total)))
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+@torch.no_grad()
+def anchor_of(indices, noise=0.0):
+    own = pair_sums(build_policy().double(), indices)
+    random = torch.randn(own.shape, generator=torch.Generator().manual_seed(2), dtype=own.dtype)
+    return (own + noise * random).float().numpy()
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "wpo"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_direct_update_takes_the_step_of_plain_torch_on_its_formula(tmp_path, algorithm, label_smoothing):
+    model, indices = build_policy().double(), np.array([11, 0, 4, 7, 2, 9])
+    anchor = anchor_of(indices, noise=2.0)
+    rewards = 0.4 * (pair_sums(model, indices) - torch.from_numpy(anchor).double())
+    sigmoid = torch.sigmoid(rewards[:, 0] - rewards[:, 1])
+    losses = -(1 - label_smoothing) * sigmoid.log() - label_smoothing * (1 - sigmoid).log()
+    if algorithm == "wpo":
+        weights = wpo_weights(model, indices)
+        assert weights.min() < 0.9
+        losses = weights * losses
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    losses.mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+
+    actor = pair_actor(tmp_path, algorithm, {"label_smoothing": label_smoothing})
+    report = actor.learn_pairs(indices, anchor)
+    assert report.version == 1
+    assert report.loss == pytest.approx(float(losses.mean().detach()), rel=1e-5)
+    assert report.grad_norm == pytest.approx(float(norm), rel=1e-4)
+    with actor._engine.weights() as present:
+        for name, parameter in model.named_parameters():
+            clear = gradients[name].abs() > 1e-5  # below, the first step of Adam goes by the sign of rounding
+            torch.testing.assert_close(present[name][clear].double(), parameter.detach()[clear], atol=5e-6, rtol=0)
+
+
+def test_the_first_loss_is_log_2_where_the_anchor_is_the_policy_itself(tmp_path):
+    indices = np.arange(13)
+    report = pair_actor(tmp_path / "dpo", "dpo").learn_pairs(indices, anchor_of(indices))
+    assert report.loss == pytest.approx(np.log(2), abs=1e-5)
+    expected = np.log(2) * float(wpo_weights(build_policy().double(), indices).mean())
+    report = pair_actor(tmp_path / "wpo", "wpo").learn_pairs(indices, anchor_of(indices))
+    assert report.loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "wpo"])
+def test_a_direct_update_does_not_depend_on_the_micro_batches(tmp_path, monkeypatch, algorithm):
+    monkeypatch.setattr(batches, "SMALL_BLOCK", 1)
+    indices, results = np.array([11, 0, 4, 7, 2, 9, 1]), []
+    for number, sizes in enumerate([{}, {"micro_batch_size": 1}, {"micro_batch_tokens": 30}, {"zero_stage": 3}]):
+        actor = pair_actor(tmp_path / str(number), algorithm, **sizes)
+        report = actor.learn_pairs(indices, anchor_of(indices, noise=2.0))
+        results.append((report.loss, report.grad_norm, sums(actor)))
+    for loss, norm, values in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert norm == pytest.approx(results[0][1], rel=1e-4)
+        np.testing.assert_allclose(values, results[0][2], atol=2e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "wpo"])
+def test_direct_updates_lower_the_loss_and_raise_every_pairs_margin(tmp_path, algorithm):
+    actor, indices = pair_actor(tmp_path, algorithm), np.arange(13)
+    anchor = anchor_of(indices)
+    reports = [actor.learn_pairs(indices, anchor) for _ in range(8)]
+    assert [report.version for report in reports] == list(range(1, 9))
+    assert reports[-1].loss < 0.5 * reports[0].loss
+    assert (reports[-1].kl_sft, reports[-1].entropy, reports[-1].logprob_gap) == (None, None, None)
+    actor.save("learned")
+    learned = load_causal_lm(tmp_path / "test" / "learned", dtype="float32", trust_remote_code=False).network
+    with torch.no_grad():
+        change = pair_sums(learned, indices).numpy() - anchor
+    assert (change[:, 0] - change[:, 1]).min() > 0
+
+
 def ppo_actor(tmp_path, **correction):
     reward = save_reward_model(tmp_path / "rm")
     settings = {"algorithm": "ppo", "learning_rate": 1e-9, "critic_learning_rate": 3e-3, "value_clip_range": 100.0}

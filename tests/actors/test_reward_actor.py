@@ -6,11 +6,24 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tiny_models import BAD, EOS, GOOD, pad_batch, random_pairs, run_config, save_pairs, save_policy, save_reward_model
+from safetensors.torch import load_file
+from tiny_models import (
+    BAD,
+    EOS,
+    GOOD,
+    build_tokenizer,
+    pad_batch,
+    random_pairs,
+    run_config,
+    save_pairs,
+    save_policy,
+    save_reward_model,
+)
 
+from actors import reward_fit
 from actors.reward import RewardRefitter, RewardServer
 from ocrm_ray import batches
-from ocrm_ray.networks import last_token_scores, load_reward_model
+from ocrm_ray.networks import last_token_scores, load_reward_model, save_model
 from ocrm_ray.preferences import Pair
 from ocrm_ray.records import RefitReport, RefitRequest, Sequence
 
@@ -23,9 +36,13 @@ def flipped(pair):
     return Pair(pair.prompt_text, pair.rejected, pair.chosen)
 
 
-def make_refitter(tmp_path, train, heldout=None, correction=None, training=TRAINING, zero_stage=0):
+def make_refitter(
+    tmp_path, train, heldout=None, correction=None, training=TRAINING, zero_stage=0, dtype="float32", num_members=1
+):
     base = save_reward_model(tmp_path / "base")
-    sections = {"reward": {"base": base, "training": training}, "policy": {"zero_stage": zero_stage}}
+    reward = {"base": base, "training": training, "ensemble": {"num_members": num_members}}
+    pools = {"reward": {"dtype": dtype}}
+    sections = {"reward": reward, "policy": {"zero_stage": zero_stage}, "pools": pools}
     config = run_config(tmp_path, correction={"training": training} | (correction or {}), **sections)
     save_pairs(config, train, heldout or random_pairs(200, seed=99))
     refitter = RewardRefitter(config, save_policy(tmp_path / "sft"), None, config.run_dir)
@@ -138,12 +155,12 @@ def groups_of(num_groups, seed=0):
     )
 
 
-def refitted(tmp_path, strategy, zero_stage=0, groups=(), **settings):
+def refitted(tmp_path, strategy, zero_stage=0, groups=(), dtype="float32", micro_batch_tokens=16384, **settings):
     """Scores of some pairs by a model refitted by ``strategy``, and the refit's report."""
     correction = {"strategy": strategy} | ({strategy: settings} if settings else {})
     train = random_pairs(120, seed=1)
-    quick = TRAINING | {"num_epochs": 1, "learning_rate": 1e-3}
-    refitter = make_refitter(tmp_path, train, correction=correction, training=quick, zero_stage=zero_stage)
+    quick = TRAINING | {"num_epochs": 1, "learning_rate": 1e-3, "micro_batch_tokens": micro_batch_tokens}
+    refitter = make_refitter(tmp_path, train, correction=correction, training=quick, zero_stage=zero_stage, dtype=dtype)
     report = refitter.refit(replace(request(120), groups=groups))
     return torch.stack(scores_of(report.path, train)), report
 
@@ -160,6 +177,88 @@ def test_metarm_changes_what_a_refit_learns_and_tells_the_spread(tmp_path):
     meta, report = refitted(tmp_path / "meta", "metarm", groups=groups_of(20), eta=0.3)
     assert (plain - meta).abs().max() > 1e-3
     assert 0.25 <= report.figures["reward_spread"] < 2 / 3  # J of 2 and of 3 responses
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (1, "float32"), (0, "bfloat16")])
+def test_a_preconditioned_metarm_trains_in_every_precision_and_eta_0_is_the_plain_refit(tmp_path, zero_stage, dtype):
+    plain, _ = refitted(tmp_path / "plain", "refit", zero_stage, dtype=dtype)
+    settings = {"groups": groups_of(20), "dtype": dtype, "step": "preconditioned"}
+    still, _ = refitted(tmp_path / "still", "metarm", zero_stage, **settings, eta=0.0)
+    moved, report = refitted(tmp_path / "moved", "metarm", zero_stage, **settings, eta=3e-2)
+    assert torch.equal(plain, still)
+    assert moved.isfinite().all()
+    assert (plain - moved).abs().max() > 1e-3
+    assert 0.25 <= report.figures["reward_spread"] < 2 / 3
+
+
+def test_metarm_does_not_depend_on_the_micro_batch_tokens_that_bound_its_passes(tmp_path, monkeypatch):
+    settings = {"groups": groups_of(20), "eta": 0.3}
+    whole, told = refitted(tmp_path / "whole", "metarm", **settings)
+    sizes, original = [], reward_fit.group_spread
+    monkeypatch.setattr(
+        reward_fit, "group_spread", lambda scores, groups: sizes.append(len(groups)) or original(scores, groups)
+    )
+    parts, told_of_parts = refitted(tmp_path / "parts", "metarm", micro_batch_tokens=40, **settings)
+    torch.testing.assert_close(parts, whole, atol=1e-3, rtol=1e-3)
+    assert told_of_parts.figures["reward_spread"] == pytest.approx(told.figures["reward_spread"], rel=1e-4)
+    assert max(sizes) <= 40 // 12  # of two responses with 6 tokens each
+
+
+@pytest.mark.parametrize("strategy", ["metarm", "rlp_uml"])
+def test_responses_that_are_all_alike_leave_the_plain_refit(tmp_path, strategy):
+    plain, _ = refitted(tmp_path / "plain", "refit")
+    alike = tuple((group[0], group[0]) for group in groups_of(20))
+    found, report = refitted(tmp_path / "alike", strategy, groups=alike)
+    assert torch.equal(plain, found)
+    assert report.figures == {}
+
+
+def tensors_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def are_equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_ensembles_members_differ_by_their_seed_and_the_first_is_the_single_model(tmp_path):
+    train, quick = random_pairs(120, seed=1), TRAINING | {"num_epochs": 1, "batch_size": 16}
+    single = make_refitter(tmp_path / "one", train, training=quick).fit_first()
+    several = make_refitter(tmp_path / "three", train, training=quick, num_members=3).fit_first()
+    assert sorted(folder.name for folder in several.path.iterdir()) == ["member-0", "member-1", "member-2"]
+    first, second, third = (tensors_of(several.path / f"member-{number}") for number in range(3))
+    assert are_equal(first, tensors_of(single.path))
+    assert not are_equal(first, second)
+    assert not are_equal(second, third)
+    heldout, accuracies = random_pairs(200, seed=99), []
+    for number in range(3):
+        chosen, rejected = scores_of(several.path / f"member-{number}", heldout)
+        accuracies.append(float((chosen > rejected).float().mean()))
+    assert several.heldout_accuracy == pytest.approx(np.mean(accuracies), abs=1e-6)
+
+
+def test_members_that_start_from_the_sft_model_have_heads_of_their_own(tmp_path):
+    still = TRAINING | {"learning_rate": 1e-12, "num_epochs": 1}
+    correction = {"rm_init": "sft"}
+    refitter = make_refitter(tmp_path, random_pairs(70, seed=1), correction=correction, training=still, num_members=2)
+    folder = refitter.refit(request(70)).path
+    first, second = (tensors_of(folder / f"member-{number}") for number in range(2))
+    assert (first["score.weight"] - second["score.weight"]).abs().max() > 0.01
+    name = "model.embed_tokens.weight"
+    torch.testing.assert_close(first[name], second[name], atol=1e-6, rtol=0)
+
+
+def test_each_member_is_the_successor_of_its_own_predecessor(tmp_path):
+    still = TRAINING | {"learning_rate": 1e-12, "num_epochs": 1}
+    train = random_pairs(70, seed=1)
+    refitter = make_refitter(tmp_path, train, correction={"rm_init": "previous"}, training=still, num_members=2)
+    live = tmp_path / "test" / "reward" / "v4"
+    for number in range(2):
+        save_reward_model(live / f"member-{number}", seed=8 + number)
+    report = refitter.refit(request(70, version=5))
+    for name in ("member-0", "member-1"):
+        found, expected = scores_of(report.path / name, train), scores_of(live / name, train)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_the_representation_loss_with_coefficient_0_is_the_plain_refit(tmp_path):
@@ -258,6 +357,72 @@ def test_commit_again_leaves_a_later_candidate_staged(server, tmp_path):
     np.testing.assert_array_equal(server.score(sequences), live)
     with pytest.raises(AssertionError, match="no reward model in slot"):
         server.score(sequences, "snapshot-77")
+
+
+def serve(tmp_path, folder, name="server", **reward):
+    config = run_config(tmp_path / name, reward={"num_calibration": 33, **reward}, pools={"reward": {"batch_size": 16}})
+    save_pairs(config, random_pairs(40, seed=1))
+    server = RewardServer(config, str(folder))
+    server.start()
+    return server
+
+
+def member_scores(folders, sequences):
+    """(standardised scores [K, N], standard deviations [K]) from the folders."""
+    scaled, deviations = [], []
+    for folder in folders:
+        model = load_reward_model(folder, dtype="float32", trust_remote_code=False)
+        with torch.no_grad():
+            calibrating, scores = (
+                last_token_scores(model, pad_batch(each, EOS)).double().numpy()
+                for each in (calibration_set(), sequences)
+            )
+        scaled.append((scores - calibrating.mean()) / calibrating.std())
+        deviations.append(calibrating.std())
+    return np.stack(scaled), np.array(deviations)
+
+
+@pytest.mark.parametrize("scale", ["none", "calibration_std"])
+def test_an_ensembles_score_is_the_aggregate_of_its_members_brought_to_one_scale(tmp_path, scale):
+    folders = [save_reward_model(tmp_path / "live" / f"member-{number}", seed=4 + number) for number in range(3)]
+    model = load_reward_model(folders[1], dtype="float32", trust_remote_code=False)
+    with torch.no_grad():  # of a scale of its own, which must not count
+        model.network.score.weight.mul_(7)
+    save_model(model, build_tokenizer(), folders[1])
+    sequences = [pair.chosen for pair in random_pairs(20, seed=5)]
+    scaled, deviations = member_scores(folders, sequences)
+    common = 1.0 if scale == "calibration_std" else deviations.mean()
+    variances = ((scaled - scaled.mean(axis=0)) ** 2).sum(axis=0) / 2
+    expected = {
+        "mean": scaled.mean(axis=0),
+        "worst": scaled.min(axis=0),
+        "mean_minus_variance": scaled.mean(axis=0) - 0.3 * variances,
+    }
+    for rule, values in expected.items():
+        ensemble = {"num_members": 3, "aggregate": rule, "variance_coefficient": 0.3}
+        server = serve(tmp_path, tmp_path / "live", rule, scale=scale, ensemble=ensemble)
+        np.testing.assert_allclose(server.score(sequences), common * values, rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_member_is_served_as_the_model_alone_to_the_last_bit(tmp_path):
+    sequences = [pair.chosen for pair in random_pairs(20, seed=5)]
+    save_reward_model(tmp_path / "several" / "member-0")
+    alone = serve(tmp_path, save_reward_model(tmp_path / "rm"), "alone").score(sequences)
+    np.testing.assert_array_equal(serve(tmp_path, tmp_path / "several", "member").score(sequences), alone)
+
+
+def test_a_staged_ensemble_is_live_after_the_commit_with_its_members_mean_calibration(tmp_path):
+    ensemble = {"num_members": 2, "aggregate": "worst"}
+    for folder, seed in (("live", 4), ("next", 8)):
+        for number in range(2):
+            save_reward_model(tmp_path / folder / f"member-{number}", seed=seed + number)
+    server = serve(tmp_path, tmp_path / "live", ensemble=ensemble)
+    found = server.stage("snapshot-5", RefitReport(1, tmp_path / "next", 0.0, 0.0, 0.0))
+    sequences = [pair.chosen for pair in random_pairs(20, seed=5)]
+    scaled, deviations = member_scores([tmp_path / "next" / f"member-{number}" for number in range(2)], sequences)
+    assert found.std == pytest.approx(deviations.mean(), rel=1e-4)
+    server.commit("snapshot-5", 1)
+    np.testing.assert_allclose(server.score(sequences), deviations.mean() * scaled.min(axis=0), rtol=1e-4, atol=1e-4)
 
 
 def test_words_that_pairs_reward_are_worth_more(tmp_path):
