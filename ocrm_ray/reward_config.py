@@ -51,7 +51,8 @@ class Reward(Section):
 
 
 class Weights(Section):
-    """Importance weights of preference pairs, w = exp(m * (ell(chosen) + ell(rejected)))."""
+    """Importance weights of preference pairs, w = exp(m * (ell(chosen) + ell(rejected))); ``wpo_bt``, whose weights are
+    no ratios, obeys ``normalise`` alone."""
 
     formula: Literal["exact", "as_released"] = "exact"
     """``exact`` in log space; ``as_released`` reproduces the published code's float32 formula."""
