@@ -1,7 +1,6 @@
 """Several runs of a study at once, each an ``ocrm-ray run`` in a process of its own."""
 
 import asyncio
-import ctypes
 import signal
 import subprocess
 import sys
@@ -13,7 +12,13 @@ from ocrm_ray.errors import RunError
 
 COMMAND = (sys.executable, "-m", "ocrm_ray", "run", "--resume")
 LOG = "run.log"
+ENDS_WITH_PARENT = """
+import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Becomes the run. Else a killed study would leave runs behind that a resumed one starts a second time."""
 StudyRun = tuple[str, int, RunConfig]
 
 
@@ -72,13 +77,13 @@ async def _run(config: RunConfig) -> int:
         # in a session of its own: Ctrl-C comes to this process alone, which then ends each run once
         starting = asyncio.create_task(
             asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", ENDS_WITH_PARENT),
                 *COMMAND,
                 str(path),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
             )
         )
         try:
@@ -89,11 +94,6 @@ async def _run(config: RunConfig) -> int:
             if process.returncode is None:
                 process.terminate()
                 await process.wait()
-
-
-def _end_with_parent() -> None:
-    """Else a killed study would leave runs behind that a resumed one starts a second time."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _say(line: str) -> None:

@@ -62,8 +62,9 @@ def test_after_a_failure_no_run_begins_and_those_under_way_end(tmp_path: Path, m
 
 
 STUDY = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from ocrm_ray import study_jobs
 from ocrm_ray.config import RunConfig
 study_jobs.COMMAND = (sys.executable, "-c", '''
