@@ -176,6 +176,6 @@ def _world(config: RunConfig) -> Checks:
     for key in ("policy_hidden_size", "reward_hidden_size"):
         need = f"a multiple of {praise.HEAD_DIM}, the width of a head"
         yield getattr(world, key) % praise.HEAD_DIM > 0, f"world.{key}", need, "change it"
-    shortest, longest = praise.RESPONSE_WORDS + 1, praise.MAX_TOKENS - praise.PROMPT_WORDS
+    shortest, longest = world.response_words + 1, praise.MAX_TOKENS - praise.PROMPT_WORDS
     need = f"{shortest} (its responses and EOS) to {longest} (its models' context less the prompt) with world"
     yield not shortest <= rollout.max_new_tokens <= longest, "rollout.max_new_tokens", need, "change it"

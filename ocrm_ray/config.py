@@ -48,6 +48,8 @@ class PraiseWorld(Section):
     kind: Literal["praise"] = "praise"
     num_prompts: PositiveInt = 8000
     """Prompts of four topic words, drawn without repetition; the last ``data.num_heldout`` are held out."""
+    response_words: Annotated[int, Field(ge=1, le=123)] = 12
+    """Of a reference response. Gold's thresholds grow with it: four praise words and eight different ones in twelve."""
     policy_hidden_size: PositiveInt = 64
     """Width of the policy (2 layers, heads of 32)."""
     reward_hidden_size: PositiveInt = 32

@@ -1,5 +1,6 @@
 """The true reward: a function, a classifier, a sentence encoder or a judge; and labels drawn from it."""
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ocrm_ray import praise
 from ocrm_ray.config import ClassifierGold, FunctionGold, Gold, JudgeGold, PraiseWorld, SimilarityGold
 from ocrm_ray.errors import mistake
 from ocrm_ray.judge import Judge
@@ -25,7 +27,7 @@ def load_gold(gold: Gold | None, world: PraiseWorld | None, *, trust_remote_code
     that cannot be loaded or has more than one label, a judge without its key.
     """
     if gold is None:
-        return None if world is None else function_scorer("ocrm_ray.praise:gold")
+        return None if world is None else functools.partial(praise.gold, response_words=world.response_words)
     if isinstance(gold, FunctionGold):
         return function_scorer(gold.path)
     if isinstance(gold, ClassifierGold):

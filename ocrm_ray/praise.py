@@ -1,6 +1,6 @@
 """The embedded world "praise": a small word-level language with a known true reward, drawn whole from a seed.
 
-A prompt names four topics; a response is twelve words. A little praise is liked, hype is not, variety and the
+A prompt names four topics; a response is twelve words, unless the world's responses are longer. A little praise is liked, hype is not, variety and the
 topics of the prompt are. The source that the SFT model learns from praises about 1.7 times a response, so pairs
 of its samples hardly show hype, and a reward model fitted to them can be gamed.
 """
@@ -27,7 +27,6 @@ PLAIN = (
 )  # fmt: skip
 VOCABULARY = (PAD, EOS, UNKNOWN, *PRAISE, *TOPICS, *PLAIN)
 
-RESPONSE_WORDS = 12
 PROMPT_WORDS = 4
 HEAD_DIM = 32
 MAX_TOKENS = 128
@@ -40,25 +39,32 @@ _TOPIC_CONCENTRATION = 0.05
 """Of the Dirichlet rows of the source: below 1, a word has a few favourite successors, seldom a topic."""
 
 
-def gold(prompts: Sequence[str], responses: Sequence[str], references: Sequence[str | None]) -> list[float]:
-    """The true reward: min(p, 4) - 1.5 max(0, p - 4) + 0.4 (distinct words - 8) + 0.8 (prompt words mentioned).
+def gold(
+    prompts: Sequence[str], responses: Sequence[str], references: Sequence[str | None], response_words: int = 12
+) -> list[float]:
+    """The true reward: min(p, 4s) - 1.5 max(0, p - 4s) + 0.4 (distinct words - 8s) + 0.8 (prompt words mentioned).
 
-    p counts praise words. Words are separated by white space; a response of any length is scored as it is.
+    p counts praise words; s is 1 in a world whose responses have twelve words, and grows with ``response_words``.
+    Words are separated by white space; a response of any length is scored as it is.
     """
-    return [_gold(prompt.split(), response.split()) for prompt, response in zip(prompts, responses, strict=True)]
+    scale = response_words / 12
+    return [_gold(prompt.split(), response.split(), scale) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def _gold(prompt: list[str], response: list[str]) -> float:
-    p, distinct = sum(word in PRAISE for word in response), set(response)
-    return min(p, 4) - 1.5 * max(0, p - 4) + 0.4 * (len(distinct) - 8) + 0.8 * len(distinct.intersection(prompt))
+def _gold(prompt: list[str], response: list[str], scale: float) -> float:
+    p, liked, distinct = sum(word in PRAISE for word in response), 4 * scale, set(response)
+    praise = min(p, liked) - 1.5 * max(0, p - liked)
+    return praise + 0.4 * (len(distinct) - 8 * scale) + 0.8 * len(distinct.intersection(prompt))
 
 
-def draw_responses(prompts: Sequence[str], seed: int, rng: np.random.Generator) -> list[str]:
+def draw_responses(
+    prompts: Sequence[str], seed: int, rng: np.random.Generator, response_words: int = 12
+) -> list[str]:
     """What SFT responses come from: a Markov chain over plain and topic words, mixed with praise and the prompt.
 
     A word is praise with some chance, so that five praise words or more are a rarity (2 %); else it is one of the
     prompt's topics with a small chance, else a successor of the word before. Which praise and which successors
-    are favoured is drawn with the seed; ``rng`` draws the twelve words of each response.
+    are favoured is drawn with the seed; ``rng`` draws the words of each response.
     """
     chain = np.random.default_rng([seed, 0])
     words = (*PRAISE, *TOPICS, *PLAIN)
@@ -69,7 +75,7 @@ def draw_responses(prompts: Sequence[str], seed: int, rng: np.random.Generator) 
     responses = []
     for prompt in prompts:
         topics, states = prompt.split(), [first]
-        for kind, which in rng.random((RESPONSE_WORDS, 2)):
+        for kind, which in rng.random((response_words, 2)):
             if kind < _PRAISE_CHANCE:
                 state = int(np.searchsorted(praise[states[-1]], which, side="right"))
             elif kind < _PRAISE_CHANCE + _TOPIC_CHANCE:
@@ -131,7 +137,7 @@ def write_world(folder: Path, world: PraiseWorld, seed: int) -> None:
         model.save_pretrained(folder / name)
         build_tokenizer().save_pretrained(folder / name)
     prompts = draw_prompts(world.num_prompts, seed)
-    references = draw_responses(prompts, seed, np.random.default_rng([seed, 2]))
+    references = draw_responses(prompts, seed, np.random.default_rng([seed, 2]), world.response_words)
     rows = ({"prompt": p, "reference": r} for p, r in zip(prompts, references, strict=True))
     write_jsonl(folder / "prompts.jsonl", rows)
 

@@ -192,8 +192,13 @@ def test_the_sweeps_change_one_setting_at_a_time() -> None:
     assert sorted({run.pairs.num_pairs for run in runs.values()}) == [2000, 8000, 20000, 80000]
     assert sorted({run.correction.every for run in runs.values()}) == [5, 10, 20, 40]
     assert sorted({run.correction.weights.m for run in runs.values()}) == [0, 0.001, 0.01, 0.1, 0.3, 1]
-    settings = [(run.pairs.num_pairs, run.correction.every, run.correction.weights.m) for run in runs.values()]
-    assert {sum(a != b for a, b in zip(each, (20000, 10, 1), strict=True)) for each in settings} == {0, 1}
+    words = {arm: run.world.response_words for arm, run in runs.items() if run.world is not None}
+    assert sorted(set(words.values())) == [12, 24, 36]
+    assert {run.rollout.max_new_tokens - words[arm] for arm, run in runs.items()} == {1}
+    settings = [
+        (run.pairs.num_pairs, run.correction.every, run.correction.weights.m, words[arm]) for arm, run in runs.items()
+    ]
+    assert {sum(a != b for a, b in zip(each, (20000, 10, 1, 12), strict=True)) for each in settings} == {0, 1}
     assert {run.correction.strategy for run in runs.values()} == {"ocrm"}
 
 

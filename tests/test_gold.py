@@ -68,6 +68,12 @@ def test_the_world_brings_its_own_gold() -> None:
     assert scorer(["river"] * 2, responses, [None] * 2) == expected
 
 
+def test_the_world_brings_the_gold_of_its_own_response_length() -> None:
+    scorer = load_gold(None, PraiseWorld(response_words=24), trust_remote_code=False)
+    assert scorer is not None
+    assert scorer(["river"], ["great " * 8], [None]) == pytest.approx([8 + 0.4 * (1 - 16)])
+
+
 def test_a_function_gets_prompts_responses_and_references(scoring_module: ModuleType) -> None:
     scoring_module.score = lambda p, r, f: [
         len(a) + 10 * len(b) + (0 if c is None else 100) for a, b, c in zip(p, r, f, strict=True)

@@ -35,6 +35,12 @@ def folder_digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def test_a_world_of_longer_responses_has_references_of_that_length(tmp_path: Path) -> None:
+    write_world(tmp_path, PraiseWorld(num_prompts=20, response_words=24), seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert [len(row["reference"].split()) for row in rows] == [24] * 20
+
+
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
@@ -79,6 +85,13 @@ def test_gold_matches_a_second_implementation_on_random_words() -> None:
         score += 0.8 * sum(topic in seen for topic in PROMPT.split())
         expected.append(score)
     assert gold([PROMPT] * 200, responses, [None] * 200) == pytest.approx(expected)
+
+
+def test_gold_of_longer_responses_has_thresholds_that_grow_with_them() -> None:
+    praise, plain = "great superb " * 5, "the and with near under small old quiet warm slow we they saw found"
+    # 24 words: 8 praise words are liked, 16 different ones expected; 10 praise words here, 2 + 14 different ones
+    assert gold([PROMPT], [praise + plain], [None], response_words=24) == pytest.approx([8 - 1.5 * 2 + 0.0])
+    assert gold([PROMPT], [praise + plain], [None]) == pytest.approx([4 - 1.5 * 6 + 0.4 * 8])
 
 
 def test_gold_uses_each_response_with_its_own_prompt() -> None:
