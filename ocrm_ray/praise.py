@@ -1,8 +1,9 @@
 """The embedded world "praise": a small word-level language with a known true reward, drawn whole from a seed.
 
-A prompt names four topics; a response is twelve words, unless the world's responses are longer. A little praise is liked, hype is not, variety and the
-topics of the prompt are. The source that the SFT model learns from praises about 1.7 times a response, so pairs
-of its samples hardly show hype, and a reward model fitted to them can be gamed.
+A prompt names four topics; a response is twelve words, unless the world's responses are longer. A little praise is
+liked, hype is not, variety and the topics of the prompt are. The source that the SFT model learns from praises
+about 1.7 times a response, so pairs of its samples hardly show hype, and a reward model fitted to them can be
+gamed.
 """
 
 import math
@@ -57,9 +58,7 @@ def _gold(prompt: list[str], response: list[str], scale: float) -> float:
     return praise + 0.4 * (len(distinct) - 8 * scale) + 0.8 * len(distinct.intersection(prompt))
 
 
-def draw_responses(
-    prompts: Sequence[str], seed: int, rng: np.random.Generator, response_words: int = 12
-) -> list[str]:
+def draw_responses(prompts: Sequence[str], seed: int, rng: np.random.Generator, response_words: int = 12) -> list[str]:
     """What SFT responses come from: a Markov chain over plain and topic words, mixed with praise and the prompt.
 
     A word is praise with some chance, so that five praise words or more are a rarity (2 %); else it is one of the
