@@ -25,6 +25,8 @@ from ocrm_ray.networks import CausalModel, ScalarModel, checkpoint_layers, save_
 
 ADAM_BETA1 = 0.9
 NEVER = 10**12
+MAX_BUCKET_SIZE = 500_000_000
+"""Of ZeRO's collectives, in elements: DeepSpeed's default."""
 Part = TypeVar("Part")
 
 
@@ -220,18 +222,24 @@ def _initialise(module: nn.Module, settings: EngineSettings) -> Any:
     betas, decay = (ADAM_BETA1, settings.beta2), settings.weight_decay
     optimizer = torch.optim.AdamW(module.parameters(), settings.learning_rate, betas, weight_decay=decay, fused=True)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory there is
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(settings))
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(module, settings))
     return engine
 
 
-def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
+def _deepspeed_config(module: nn.Module, settings: EngineSettings) -> dict[str, Any]:
     """Batch sizes are 1 because callers say where an optimiser batch ends."""
+    # DeepSpeed allocates whole buckets, by default 2 GB each however small the model is
+    bucket_size = min(sum(parameter.numel() for parameter in module.parameters()), MAX_BUCKET_SIZE)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0 if settings.is_plain else settings.max_grad_norm,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "reduce_bucket_size": bucket_size,
+            "allgather_bucket_size": bucket_size,
+        },
         "steps_per_print": NEVER,
     }
     if settings.dtype == "bfloat16":

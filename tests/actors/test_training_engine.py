@@ -1,5 +1,6 @@
 """What a correction asks of an engine beside training: weights moved for a while, plain gradients, second moments."""
 
+import psutil
 import pytest
 import torch
 from tiny_models import EOS, llama_config, pad_batch, random_pairs
@@ -121,3 +122,12 @@ def test_second_moments_are_adams_without_their_bias_and_none_before_a_step(make
             torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.max()), rtol=2e-3)
     engine.reset_optimizer()
     assert engine.second_moments() is None
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_an_engine_of_a_small_model_maps_no_gigabytes(make_engine, zero_stage):
+    process = psutil.Process()
+    train(make_engine(0, "float32"), 1)
+    before = process.memory_info().vms
+    train(make_engine(zero_stage, "float32"), 1)
+    assert process.memory_info().vms - before < 2**29
