@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -215,6 +216,8 @@ class TrainingEngine:
 def _initialise(module: nn.Module, settings: EngineSettings) -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if (built := Path(sys.prefix) / "torch_extensions").is_dir():  # with this environment's torch, by its set-up
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
