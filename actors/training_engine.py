@@ -28,7 +28,16 @@ ADAM_BETA1 = 0.9
 NEVER = 10**12
 MAX_BUCKET_SIZE = 500_000_000
 """Of ZeRO's collectives, in elements: DeepSpeed's default."""
+MASTERS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """Of an engine beside its model folder: optimiser steps, and float32 tensors on the CPU by kind and parameter."""
+
+    num_steps: int
+    tensors: dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +167,68 @@ class TrainingEngine:
         """AdamW's, by parameter and without their bias towards 0; None before a fresh optimiser's first step."""
         if self._num_steps == 0:
             return None
-        if self._settings.is_plain:
-            found = [self._engine.basic_optimizer.state[p]["exp_avg_sq"] for p in self._module.parameters()]
-        else:
-            from deepspeed.utils import safe_get_full_optimizer_state
-
-            found = [safe_get_full_optimizer_state(p, "exp_avg_sq") for p in self._module.parameters()]
+        found = (self._moment(parameter, "exp_avg_sq") for parameter in self._module.parameters())
         return [moment / (1 - self._settings.beta2**self._num_steps) for moment in found]
+
+    def capture(self) -> EngineState:
+        """A copy of what the weights in the model folder leave out: masters, where weights are rounded, and moments."""
+        named = list(self._module.named_parameters())
+        tensors: dict[str, dict[str, Tensor]] = {}
+        if not self._settings.is_plain:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            tensors[MASTERS] = {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in named}
+        if self._num_steps:
+            for kind in MOMENTS:
+                tensors[kind] = {name: self._moment(parameter, kind).to("cpu", copy=self._settings.is_plain) for name, parameter in named}
+        return EngineState(self._num_steps, tensors)
+
+    def restore(self, state: EngineState) -> None:
+        """Go on as the engine went on that ``state`` was captured from; its (rounded) weights are loaded already."""
+        named = dict(self._module.named_parameters())
+        if MASTERS in state.tensors:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            for name, value in state.tensors[MASTERS].items():
+                safe_set_full_fp32_param(named[name], value.to(self.device))
+        self.reset_optimizer()
+        self._num_steps = state.num_steps
+        if not state.num_steps:
+            return
+        self._make_moments()
+        for kind in MOMENTS:
+            for name, value in state.tensors[kind].items():
+                self._set_moment(named[name], kind, value.to(self.device))
+
+    def _moment(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        if self._settings.is_plain:
+            found: Tensor = self._engine.basic_optimizer.state[parameter][kind]
+            return found
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        whole: Tensor = safe_get_full_optimizer_state(parameter, kind)
+        return whole
+
+    def _set_moment(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        if self._settings.is_plain:
+            self._engine.basic_optimizer.state[parameter][kind].copy_(value)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _make_moments(self) -> None:
+        """Moments of 0, as AdamW makes them at its first step, for what it updates: with ZeRO, flat partitions."""
+        optimizer = self._engine.basic_optimizer
+        if self._settings.zero_stage == 3:
+            partitions = self._engine.optimizer.fp32_partitioned_groups_flat
+        else:
+            partitions = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for partition in partitions:
+            step = torch.tensor(float(self._num_steps), device=partition.device)
+            optimizer.state[partition] = {"step": step, **{kind: torch.zeros_like(partition) for kind in MOMENTS}}
+        if hasattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def step(self, factor: float) -> float:
         """Clip, update at ``factor`` times the learning rate, clear; returns the gradient norm before clipping.
@@ -187,6 +251,9 @@ class TrainingEngine:
     def reset_optimizer(self) -> None:
         """Forget the optimiser's moments, as if the engine had just been made of the present weights."""
         self._engine.basic_optimizer.state.clear()
+        if hasattr(self._engine.optimizer, "_hp_optimizer_states_linked"):
+            # else DeepSpeed's accessors go on reading the moments that are forgotten here
+            self._engine.optimizer._hp_optimizer_states_linked = False
         self._num_steps = 0
 
     @contextlib.contextmanager

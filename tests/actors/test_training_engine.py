@@ -28,9 +28,12 @@ def build_network():
 def make_engine():
     engines = []
 
-    def make(zero_stage, dtype):
+    def make(zero_stage, dtype, weights=None):
         settings = EngineSettings(1e-2, 1e6, zero_stage=zero_stage, dtype=dtype, beta2=BETA2)
-        engines.append(TrainingEngine(ScalarModel(build_network()), settings))
+        network = build_network()
+        if weights is not None:
+            network.load_state_dict(weights)
+        engines.append(TrainingEngine(ScalarModel(network), settings))
         return engines[-1]
 
     yield make
@@ -131,3 +134,26 @@ def test_an_engine_of_a_small_model_maps_no_gigabytes(make_engine, zero_stage):
     before = process.memory_info().vms
     train(make_engine(zero_stage, "float32"), 1)
     assert process.memory_info().vms - before < 2**29
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [PLAIN, ZERO_1, BFLOAT16, (2, "float32"), (3, "float32"), (3, "bfloat16")])
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_a_restored_engine_goes_on_bit_for_bit(make_engine, tmp_path, zero_stage, dtype, num_before):
+    asked = make_engine(zero_stage, dtype)
+    train(asked, 3)
+    asked.reset_optimizer()
+    train(asked, num_before)
+    with asked.weights() as tensors:
+        saved = {name: tensor.clone() for name, tensor in tensors.items()}
+    state = asked.capture()
+    other = make_engine(zero_stage, dtype, saved)
+    other.restore(state)
+    for engine in (asked, other):
+        train(engine, 2)
+    captured, again = asked.capture(), other.capture()
+    assert captured.num_steps == again.num_steps == num_before + 2
+    for kind in captured.tensors:
+        for name, tensor in captured.tensors[kind].items():
+            assert torch.equal(tensor, again.tensors[kind][name]), (kind, name)
+    with asked.weights() as ours, other.weights() as theirs:
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
