@@ -1,16 +1,23 @@
 """The evaluation actor: gold and everything measured on held-out samples, in a process of its own."""
 
+import json
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from ocrm_ray.checkpoints import is_any
 from ocrm_ray.config import RunConfig
 from ocrm_ray.evaluation import HeldoutEvaluator, SampleRow
 from ocrm_ray.gold import load_gold
 from ocrm_ray.networks import load_tokenizer
 from ocrm_ray.records import EvaluationReport, Prompt, Sequence
 from ocrm_ray.response_clusters import load_clusterer
+
+SFT_GOLD = "sft_gold.json"
+"""In the run folder: gold of the first evaluation, with which a resumed run compares too."""
 
 
 @dataclass(eq=False)
@@ -28,13 +35,21 @@ class EvaluationActor:
         tokenizer = self._tokenizer = load_tokenizer(self.tokenizer_path, trust_remote_code=trust)
         gold = load_gold(config.gold, config.world, trust_remote_code=trust)
         self._evaluator = HeldoutEvaluator(self.prompts, tokenizer, gold, config.evaluation.num_samples_saved)
+        self._sft_gold = config.run_dir / SFT_GOLD
+        if is_any(config.run_dir) and self._sft_gold.exists():
+            self._evaluator.sft_gold = np.array(json.loads(self._sft_gold.read_text()))
         if config.correction.strategy == "rlp_spg":
             self._clusterer = load_clusterer(config.correction.rlp_spg, self.tokenizer_path, trust_remote_code=trust)
 
     def evaluate(self, *measured: Any) -> tuple[EvaluationReport, list[SampleRow]]:
         """As ``HeldoutEvaluator.evaluate``, with the seconds that it took."""
         started = time.monotonic()
+        is_first = self._evaluator.sft_gold is None
         report, rows = self._evaluator.evaluate(*measured)
+        if is_first and self._evaluator.sft_gold is not None:
+            partial = self._sft_gold.with_suffix(".partial")
+            partial.write_text(json.dumps(self._evaluator.sft_gold.tolist()))
+            partial.replace(self._sft_gold)
         return replace(report, seconds=time.monotonic() - started), rows
 
     def gold_of(self, prompts: Seq[Prompt], sequences: Seq[Sequence]) -> list[float]:

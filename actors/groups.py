@@ -18,7 +18,7 @@ from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
 
 PAIR_CHUNK = 512
 """Training pairs of one ``pair_logprobs`` message: what one deadline covers."""
-ALL, ALL_BUT_LAST, LAST = slice(None), slice(-1), slice(-1, None)
+ALL, FIRST, ALL_BUT_LAST, LAST = slice(None), slice(1), slice(-1), slice(-1, None)
 
 Item = TypeVar("Item")
 Parameters = ParamSpec("Parameters")
@@ -69,6 +69,9 @@ class RayPolicyPool(RayPool):
     logprobs = asks(PolicyPool.logprobs)
     stage = asks(PolicyPool.stage)
     commit = asks(PolicyPool.commit)
+    capture = asks(PolicyPool.capture)
+    write_checkpoint = asks(PolicyPool.write_checkpoint)
+    saved_snapshot = asks(PolicyPool.saved_snapshot)
     save = asks(PolicyPool.save)
 
     async def send_weights(self, weights: PolicyWeights) -> None:
@@ -83,6 +86,8 @@ class RayScoringPool(RayPool):
 
     stage_anchor = asks(ScoringPool.stage_anchor, ALL_BUT_LAST)
     commit = asks(ScoringPool.commit, ALL_BUT_LAST)
+    capture = asks(ScoringPool.capture, FIRST)
+    write_anchor = asks(ScoringPool.write_anchor, FIRST)
 
     async def score(self, sequences: Seq[Sequence], models: Seq[str] = ("live", "sft")) -> list[list[FloatArray]]:
         shares = await score_spread(self, sequences, tuple(models))

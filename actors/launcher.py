@@ -9,6 +9,7 @@ from pathlib import Path
 from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec
 from actors.session import ray_session
+from ocrm_ray.checkpoints import is_any
 from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import study_runs
 from ocrm_ray.progress import ProgressDisplay
@@ -28,13 +29,14 @@ class CoordinatorPool(RayPool):
 def run(config: RunConfig, resume: bool) -> str:
     """One run, to its report; returns closing words. Stages that are done are skipped.
 
-    ``resume`` allows a folder that has RL metrics: a finished run is left as it is, else RL starts over.
+    ``resume`` allows a folder that has RL metrics: a finished run is left as it is, another goes on from its newest
+    checkpoint, or without one starts RL over.
     """
     report = config.run_dir / "report.html"
     if resume and (config.run_dir / "summary.json").exists():
         return f"this run is done\nreport: {report}"
     if resume:
-        forget_training(config.run_dir)
+        forget_unsaved(config.run_dir)
     with ray_session(config.name) as shared_memory, ProgressDisplay() as display:
         summary = asyncio.run(_run(config, shared_memory, display, arm=None))
     figures = ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float))
@@ -53,7 +55,7 @@ def run_study(study: StudyConfig, num_jobs: int = 1) -> str:
     elif runs:
         with ray_session(study.name) as shared_memory, ProgressDisplay() as display:
             for arm, seed, config in runs:
-                forget_training(config.run_dir)
+                forget_unsaved(config.run_dir)
                 asyncio.run(_run(config, shared_memory, display, arm=f"{arm} seed {seed}"))
                 write_study(folder, study)
     page = write_study(folder, study)
@@ -61,9 +63,11 @@ def run_study(study: StudyConfig, num_jobs: int = 1) -> str:
     return f"{table}\nreport: {page}"
 
 
-def forget_training(run_dir: Path) -> None:
-    """Remove what an unfinished RL wrote: it starts over, and its lines must not mix with the new ones."""
-    for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl", "summary.json"):
+def forget_unsaved(run_dir: Path) -> None:
+    """Without a checkpoint, remove what an unfinished RL wrote: it starts over, and its lines must not mix."""
+    if is_any(run_dir):
+        return
+    for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl", "summary.json", "sft_gold.json"):
         (run_dir / name).unlink(missing_ok=True)
     for name in ("tensorboard", "checkpoints", "policy", "policy-best", "reward", "plots"):
         shutil.rmtree(run_dir / name, ignore_errors=True)

@@ -1,6 +1,7 @@
 """The policy's trainer, for PPO with its critic: updates, exports of weights, and what a promotion changes."""
 
 import functools
+import json
 import math
 import threading
 import time
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from actors.nccl_transport import NcclExporter
-from actors.training_engine import EngineSettings, TrainingEngine, start_process
+from actors.training_engine import EngineSettings, EngineState, TrainingEngine, start_process
 from actors.weight_transport import WeightExporter, WeightReader
 from ocrm_ray import networks
 from ocrm_ray import policy_learning as learning
 from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable, length_chunks, pad_rows
+from ocrm_ray.checkpoints import POLICY, STATE
 from ocrm_ray.config import RunConfig
 from ocrm_ray.networks import table_logprobs
 from ocrm_ray.policy_learning import Experience, MicroBatch, UpdateStatistics
@@ -27,6 +29,9 @@ from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, Rollout, Sequence, UpdateReport
 from ocrm_ray.reward_learning import calibration_sequences, pair_lengths, pair_rows, pair_table
 
+CRITIC, SNAPSHOT, TRAINER = "critic", "snapshot.safetensors", "trainer.json"
+FIGURES = ("_version", "_num_scheduled", "_reward_version", "_anchor_version", "_gap", "_committed")
+"""Of the trainer, in a checkpoint's ``trainer.json`` with the engines' steps and the critic's calibration."""
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -59,29 +64,29 @@ class Critic:
         settings = EngineSettings.of(
             policy, learning_rate=policy.critic_learning_rate, dtype=dtype, beta2=policy.adam_beta2
         )
-        self._engine = TrainingEngine(model, settings)
-        self._mean, self._std = calibration(networks.table_scores(self._engine.forward, calibration_set, self._pool))
+        self.engine = TrainingEngine(model, settings)
+        self.mean, self.std = calibration(networks.table_scores(self.engine.forward, calibration_set, self._pool))
 
     def values(self, table: SequenceTable) -> Tensor:
         """Values [N, T] on the CPU of the states behind the response tokens; anything past a response's end."""
-        return self._calibrated(pad_rows(networks.table_values(self._engine.forward, table, self._pool)))
+        return self._calibrated(pad_rows(networks.table_values(self.engine.forward, table, self._pool)))
 
     def update(self, micros: Seq[MicroBatch], factor: float) -> float:
         """One optimiser step on a minibatch; returns its value loss."""
 
         def loss_of(micro: MicroBatch) -> Tensor:
-            values = networks.response_values(self._engine.forward, micro.batch)
+            values = networks.response_values(self.engine.forward, micro.batch)
             return learning.value_loss(self._calibrated(values), micro, self._policy)
 
-        total = self._engine.accumulate(micros, loss_of, self._policy.value_coefficient)
-        self._engine.step(factor)
+        total = self.engine.accumulate(micros, loss_of, self._policy.value_coefficient)
+        self.engine.step(factor)
         return total
 
     def close(self) -> None:
-        self._engine.close()
+        self.engine.close()
 
     def _calibrated(self, values: Tensor) -> Tensor:
-        return recentre(values, self._mean, self._std, self._scaled)
+        return recentre(values, self.mean, self.std, self._scaled)
 
 
 @dataclass(eq=False)
@@ -91,7 +96,8 @@ class PolicyActor:
     Calls that share the engine wait for each other; ``release_weights`` and ``send_weights`` run beside them.
 
     ``reward_path``: the first reward model, which PPO's critic starts from. ``exports_dir``: shared memory for exported
-    weights; None: they go through Ray's object store. ``by_nccl``: engines get them so.
+    weights; None: they go through Ray's object store. ``by_nccl``: engines get them so. ``checkpoint``: the folder from
+    which a resumed run goes on.
     """
 
     config: RunConfig
@@ -100,6 +106,7 @@ class PolicyActor:
     run_dir: Path
     exports_dir: Path | None
     by_nccl: bool = False
+    checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -114,7 +121,8 @@ class PolicyActor:
         config, policy, pool = self.config, self.config.policy, self.config.pools.policy
         start_process(pool.threads_per_actor, config.seed)
         self._tokenizer = networks.load_tokenizer(self.sft_path, trust_remote_code=config.trust_remote_code)
-        model = networks.load_causal_lm(self.sft_path, dtype=pool.dtype, trust_remote_code=config.trust_remote_code)
+        path = str(self.checkpoint or self.sft_path)
+        model = networks.load_causal_lm(path, dtype=pool.dtype, trust_remote_code=config.trust_remote_code)
         settings = EngineSettings.of(
             policy, learning_rate=policy.learning_rate, dtype=pool.dtype, beta2=policy.adam_beta2
         )
@@ -125,7 +133,9 @@ class PolicyActor:
             self._exporter = NcclExporter(*layout, config.pools.generation) if self.by_nccl else WeightExporter(*layout)
         if policy.algorithm == "ppo":
             assert self.reward_path is not None, "PPO's critic starts from the reward model"
-            self._critic = self._make_critic(self.reward_path)
+            self._critic = self._make_critic(self.checkpoint / STATE / CRITIC if self.checkpoint else self.reward_path)
+        if self.checkpoint is not None:
+            self._restore(self.checkpoint)
 
     @_alone
     def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
@@ -220,6 +230,42 @@ class PolicyActor:
         self._committed = promotion_id
 
     @_alone
+    def capture(self) -> None:
+        """As the protocol says: a copy in memory."""
+        engines = {POLICY: self._engine}
+        figures = {name: getattr(self, name) for name in FIGURES}
+        if self._critic is not None:
+            engines[CRITIC] = self._critic.engine
+            figures[CRITIC] = [self._critic.mean, self._critic.std]
+        self._captured = figures, {name: (engine, engine.capture()) for name, engine in engines.items()}
+
+    def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> None:
+        """As the protocol says, beside updates."""
+        from safetensors.torch import save_file
+
+        figures, engines = self._captured
+        del self._captured
+        for name, (engine, state) in engines.items():
+            engine.save(self._tokenizer, folder / (POLICY if name == POLICY else f"{STATE}/{name}"), state.weights)
+            figures[f"{name}_steps"] = state.num_steps
+            for kind, tensors in state.tensors.items():
+                save_file(tensors, folder / STATE / f"{name}-{kind}.safetensors")
+        if snapshot is not None:
+            with WeightReader().read(snapshot) as tensors:
+                save_file(tensors, folder / STATE / SNAPSHOT)
+            figures["snapshot_version"] = snapshot.version
+        (folder / STATE / TRAINER).write_text(json.dumps(figures), encoding="utf-8")
+
+    @_alone
+    def saved_snapshot(self) -> PolicyWeights:
+        """As the protocol says."""
+        from safetensors.torch import load_file
+
+        assert self.checkpoint is not None
+        version = _figures(self.checkpoint)["snapshot_version"]
+        return self._exporter.export(version, load_file(self.checkpoint / STATE / SNAPSHOT))
+
+    @_alone
     def save(self, name: str, weights: PolicyWeights | None = None) -> None:
         """Write the policy, as it is or as it was exported, as Hugging Face folder ``name`` in the run folder."""
         if weights is None:
@@ -234,6 +280,16 @@ class PolicyActor:
         for critic in (self._critic, self._staged[1] if self._staged else None):
             if critic is not None:
                 critic.close()
+
+    def _restore(self, checkpoint: Path) -> None:
+        """What the model folders, which are loaded already, leave out."""
+        figures = _figures(checkpoint)
+        for name in FIGURES:
+            setattr(self, name, figures[name])
+        self._engine.restore(_engine_state(checkpoint, POLICY, figures))
+        if self._critic is not None:
+            self._critic.mean, self._critic.std = figures[CRITIC]
+            self._critic.engine.restore(_engine_state(checkpoint, CRITIC, figures))
 
     def _learn(self, micros: Seq[MicroBatch], experience: Experience, statistics: UpdateStatistics, epoch: int) -> None:
         """One optimiser step on a minibatch, of the critic too."""
@@ -270,3 +326,16 @@ class PolicyActor:
 
     def _table(self, sequences: Seq[Sequence]) -> SequenceTable:
         return SequenceTable(sequences, self._tokenizer.pad_token_id, self.config.share_prompts)
+
+
+def _figures(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((checkpoint / STATE / TRAINER).read_text(encoding="utf-8"))
+    return found
+
+
+def _engine_state(checkpoint: Path, name: str, figures: dict[str, Any]) -> EngineState:
+    from safetensors.torch import load_file
+
+    files = (checkpoint / STATE).glob(f"{name}-*.safetensors")
+    tensors = {path.stem.removeprefix(f"{name}-"): load_file(path) for path in files}
+    return EngineState(figures[f"{name}_steps"], tensors)

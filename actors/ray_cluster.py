@@ -15,6 +15,7 @@ from actors.generation_group import RayGenerationPool
 from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
 from actors.ray_pool import RayPool, plan_bundles
 from actors.remote_actor import ActorSpec
+from ocrm_ray.checkpoints import Checkpoint, newest, reward_folder
 from ocrm_ray.config import RunConfig
 from ocrm_ray.networks import context_length
 from ocrm_ray.pools import Pools, Show
@@ -56,8 +57,10 @@ class RayCluster:
     Engines, scorers and the evaluator that a stage started are the ones that RL goes on with.
     """
 
-    def __init__(self, config: RunConfig, shared_memory: Path) -> None:
+    def __init__(self, config: RunConfig, shared_memory: Path, saved: Checkpoint | None) -> None:
+        """``saved``: from which the pools of a resumed run go on."""
         self.config = config
+        self.saved = saved
         self.paths = stage_paths(config)
         self.bundles = plan_bundles(config.pools)
         self._shared_memory = shared_memory
@@ -135,7 +138,7 @@ class RayCluster:
 
     def _specs(self, pool: str) -> list[ActorSpec]:
         """The actors of a pool, one a bundle."""
-        paths, run_dir = self.paths, self.config.run_dir
+        paths, run_dir, saved = self.paths, self.config.run_dir, self.saved
         match pool:
             case "generation":
                 return self._engines()
@@ -143,16 +146,17 @@ class RayCluster:
                 reward_path = paths.reward if self.config.policy.algorithm == "ppo" else None
                 through_store, by_nccl = choose_transport(self.config, _num_nodes())
                 exports_dir = None if through_store else self._shared_memory
-                arguments = paths.sft, reward_path, run_dir, exports_dir, by_nccl
-                return self._alike("actors.policy:PolicyActor", pool, *arguments)
+                arguments = paths.sft, reward_path, run_dir, exports_dir, by_nccl, saved.folder if saved else None
+                specs = self._alike("actors.policy:PolicyActor", pool, *arguments)
+                return [replace(spec, concurrency=3) for spec in specs]  # a checkpoint is written beside the others
             case "scoring":
-                *scorers, background = self._alike("actors.scoring:ScoringActor", pool, paths.sft)
+                anchor_path = saved.anchor_path if saved else None
+                *scorers, background = self._alike("actors.scoring:ScoringActor", pool, paths.sft, anchor_path)
                 return [*scorers, replace(background, role="ratios", yields=self._shares_cores(pool))]
             case "reward":
-                return [
-                    *self._alike("actors.reward:RewardServer", pool, paths.reward)[:-1],
-                    self._refitter(paths.reward),
-                ]
+                live = reward_folder(run_dir, saved.state.reward_version if saved else 0, paths.reward)
+                servers = self._alike("actors.reward:RewardServer", pool, live)[:-1]
+                return [*servers, self._refitter(paths.reward)]
             case _:
                 prompts = read_prompts(paths.root / "data" / "heldout.jsonl")[: self.config.evaluation.num_prompts]
                 specs = self._alike("actors.evaluation:EvaluationActor", pool, paths.sft, tuple(prompts))
@@ -196,7 +200,7 @@ class RunActor:
     def __init__(self, config: RunConfig, shared_memory: Path) -> None:
         """``shared_memory``: the run's folder for weights on their way."""
         self._config = config
-        self._cluster = RayCluster(config, shared_memory)
+        self._cluster = RayCluster(config, shared_memory, newest(config.run_dir))
         self._state = ProgressState(stage="start")
         self._running: asyncio.Task[dict[str, object]] | None = None
         self._ended = asyncio.Event()

@@ -23,6 +23,7 @@ from ocrm_ray.correction import PairData
 from ocrm_ray.cost import prompt_tokens
 from ocrm_ray.pools import Pools, Show
 from ocrm_ray.progress import ProgressDisplay
+from ocrm_ray.prompts import ShuffledEpochs
 from ocrm_ray.records import Prompt, Sequence
 from ocrm_ray.rehearsal import Booked, Figures, figure_lines, figures
 from ocrm_ray.reinforcement import ShownRunLog
@@ -94,7 +95,7 @@ async def rehearse_over(config: RunConfig, pools: list[RayPool], folder: Path, s
 def _training_data(config: RunConfig) -> TrainingData:
     tokens = (0,) * prompt_tokens(config)
     return TrainingData(
-        prompts=(Prompt(number, "", tokens) for number in itertools.count()),
+        prompts=ShuffledEpochs([Prompt(0, "", tokens)], seed=0),
         heldout=(),
         pairs=PairData(NUM_PAIRS, np.zeros((NUM_PAIRS, 2), dtype=np.float32), np.arange(NUM_PAIRS)),
         probe=(Sequence((0,), (0,), has_eos=True),),

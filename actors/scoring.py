@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch import nn
 from actors.training_engine import start_process, training_device
 from actors.weight_transport import WeightReader
 from ocrm_ray.batches import SequenceTable
+from ocrm_ray.checkpoints import ANCHOR, STATE
 from ocrm_ray.config import RunConfig
-from ocrm_ray.networks import load_causal_lm, load_tokenizer, row_log_weights, row_sums, table_logprobs
+from ocrm_ray.networks import load_causal_lm, load_tokenizer, row_log_weights, row_sums, save_model, table_logprobs
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
 from ocrm_ray.reward_learning import pair_rows, pair_table
@@ -31,6 +33,8 @@ class ScoringActor:
 
     config: RunConfig
     sft_path: str
+    anchor_path: str | None = None
+    """Of a resumed run, if it is not the SFT model."""
 
     def __post_init__(self) -> None:
         self._anchors: dict[str, Any] = {}
@@ -43,7 +47,7 @@ class ScoringActor:
         start_process(pool.threads_per_actor, self.config.seed)
         self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=self.config.trust_remote_code)
         self._sft = self._load(self.sft_path)
-        self._anchors = {LIVE: self._sft}
+        self._anchors = {LIVE: self._load(self.anchor_path) if self.anchor_path else self._sft}
 
     def score(self, sequences: Seq[Sequence], models: Seq[str] = (LIVE, SFT)) -> list[list[FloatArray]]:
         """For each of ``models`` log-probs [T] at the rollout temperature: ``sft``, ``live`` or a promotion_id.
@@ -98,6 +102,17 @@ class ScoringActor:
         if (staged := self._anchors.get(promotion_id, live)) is not live:
             self._anchors = {LIVE: staged, promotion_id: staged}
         self._snapshots.clear()
+
+    def capture(self) -> None:
+        """Keep the live anchor for ``write_anchor``: anchors are replaced, never changed."""
+        self._captured = self._anchors[LIVE]
+
+    def write_anchor(self, folder: Path, anchor_version: int) -> None:
+        """As the protocol says; a model folder."""
+        anchor = self._captured
+        del self._captured
+        if anchor_version:
+            save_model(anchor, self._tokenizer, folder / STATE / ANCHOR)
 
     def _snapshot(self, weights: PolicyWeights) -> Any:
         if weights.version not in self._snapshots:

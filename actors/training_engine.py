@@ -34,10 +34,12 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class EngineState:
-    """Of an engine beside its model folder: optimiser steps, and float32 tensors on the CPU by kind and parameter."""
+    """Of an engine: optimiser steps, and float32 masters and moments on the CPU by kind and parameter."""
 
     num_steps: int
     tensors: dict[str, dict[str, Tensor]]
+    weights: dict[str, Tensor] | None = None
+    """Of the network, as its model folder holds them; None: they are loaded already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ class TrainingEngine:
         return [moment / (1 - self._settings.beta2**self._num_steps) for moment in found]
 
     def capture(self) -> EngineState:
-        """A copy of what the weights in the model folder leave out: masters, where weights are rounded, and moments."""
+        """A copy of everything that ``restore`` needs, masters where weights are rounded."""
         named = list(self._module.named_parameters())
         tensors: dict[str, dict[str, Tensor]] = {}
         if not self._settings.is_plain:
@@ -180,8 +182,13 @@ class TrainingEngine:
             tensors[MASTERS] = {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in named}
         if self._num_steps:
             for kind in MOMENTS:
-                tensors[kind] = {name: self._moment(parameter, kind).to("cpu", copy=self._settings.is_plain) for name, parameter in named}
-        return EngineState(self._num_steps, tensors)
+                tensors[kind] = {
+                    name: self._moment(parameter, kind).to("cpu", copy=self._settings.is_plain)
+                    for name, parameter in named
+                }
+        with self.weights() as full:
+            weights = {name: tensor.to("cpu", copy=True) for name, tensor in full.items()}
+        return EngineState(self._num_steps, tensors, weights)
 
     def restore(self, state: EngineState) -> None:
         """Go on as the engine went on that ``state`` was captured from; its (rounded) weights are loaded already."""

@@ -238,7 +238,9 @@ class Checkpoint(Section):
     """What is saved while the run goes on."""
 
     every: PositiveInt = 50
-    """Policy updates between saved policies; the last one is always saved."""
+    """Policy updates between checkpoints; the last policy is always saved."""
+    num_kept: PositiveInt = 2
+    """The newest so many checkpoints stay."""
 
 
 class RunConfig(Section):

@@ -13,15 +13,18 @@ correction are tasks of their own. The death of any of them ends the run with th
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+from ocrm_ray import checkpoints
 from ocrm_ray.algorithm.schedule import CorrectionClock
+from ocrm_ray.checkpoints import RunState
 from ocrm_ray.config import RunConfig
 from ocrm_ray.correction import Candidate, Corrector, PairData
 from ocrm_ray.heldout import HeldoutPolicy
 from ocrm_ray.metrics import RunLog
 from ocrm_ray.pools import Pools
+from ocrm_ray.prompts import ShuffledEpochs
 from ocrm_ray.records import PolicyWeights, Prompt, Rollout, Sample, Sequence, UpdateReport
 from ocrm_ray.rollout_pump import RolloutPump
 from ocrm_ray.rollout_scoring import RolloutScorer, ScoreVersions
@@ -31,12 +34,16 @@ from ocrm_ray.weight_publisher import Exported, WeightPublisher
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """What a run trains and is measured on; ``probe``: the sequences on which engine and trainer are compared."""
+    """What a run trains and is measured on; ``probe``: the sequences on which engine and trainer are compared.
 
-    prompts: Iterator[Prompt]
+    ``saved``: where a resumed run goes on; the pools are there already, but the engines have the SFT model.
+    """
+
+    prompts: ShuffledEpochs
     heldout: tuple[Prompt, ...]
     pairs: PairData
     probe: tuple[Sequence, ...]
+    saved: RunState | None = None
 
 
 class Coordinator:
@@ -49,15 +56,21 @@ class Coordinator:
         self.pools, meters = metered(pools, clock)
         self.step_clock = StepClock(clock, meters)
         rule = config.correction
-        self.correction_clock = CorrectionClock(rule.every, rule.promote_after, rule.max_lag)
-        self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, ScoreVersions(0, 0))
-        self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts)
+        saved = self.saved = data.saved
+        fresh = CorrectionClock(rule.every, rule.promote_after, rule.max_lag)
+        self.correction_clock = replace(saved.clock) if saved else fresh
+        live = ScoreVersions(saved.reward_version, saved.anchor_version) if saved else ScoreVersions(0, 0)
+        self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, live)
+        self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts, saved)
+        if saved:
+            self.pump.pause()  # until the engines have the weights
         self.buffer = self.pump.buffer
         self.corrector = Corrector(config, self.pools, self.scorer, self.buffer, data.pairs, log.event)
         self.publishing: asyncio.Task[None] | None = None
         self.publisher = WeightPublisher(self.pools.generation, self.pools.policy, config.probe, log.event)
         self.heldout = HeldoutPolicy(config, self.pools, data.heldout, log, self.publisher.release)
         self.correction: asyncio.Task[Candidate] | None = None
+        self.checkpointing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """All updates. Raises the first failing task's own error."""
@@ -75,9 +88,8 @@ class Coordinator:
         return [tasks.create_task(pump) for pump in work]
 
     async def _optimise(self, tasks: asyncio.TaskGroup) -> None:
-        await self.publisher.start(self.data.probe)
-        self._evaluate(tasks, step=0)
-        for step in range(1, self.config.policy.num_updates + 1):
+        first = await self._begin(tasks)
+        for step in range(first, self.config.policy.num_updates + 1):
             with self.step_clock.timed("rollout_wait_s"):
                 rollouts = await self.buffer.take(step - 1)
             batch = await self.scorer.refresh(rollouts)
@@ -89,9 +101,34 @@ class Coordinator:
             await self._correct(tasks, step)
             self._evaluate(tasks, step)
             self._record(batch, update)
-            await self._checkpoint(step)
+            await self._checkpoint(tasks, step)
+        await self._finish()
+
+    async def _begin(self, tasks: asyncio.TaskGroup) -> int:
+        """The first step: 1, or the one behind the checkpoint, with what was in flight there started again."""
+        saved = self.saved
+        if saved is None:
+            await self.publisher.start(self.data.probe)
+            self._evaluate(tasks, step=0)
+            return 1
+        await self.publisher.resume(self.data.probe, saved.probe_bound)
+        self.pump.resume()
+        self.corrector.on_policy.restore(saved.on_policy)
+        if saved.clock.snapshot is not None:
+            if saved.clock.snapshot == saved.step:
+                snapshot = self.publisher.hold()
+            else:
+                snapshot = self.publisher.adopt(await self.pools.policy.saved_snapshot())
+            self.correction = tasks.create_task(self.corrector.prepare(snapshot))
+            if self.correction_clock.may_promote(saved.step + 1):
+                self.corrector.near()
+        return saved.step + 1
+
+    async def _finish(self) -> None:
         await self.pools.policy.save("policy")
         await self.heldout.finish()
+        if self.checkpointing is not None:
+            await asyncio.wait([self.checkpointing])
 
     async def _publish(self, tasks: asyncio.TaskGroup, version: int) -> None:
         """Copy pi_v+1 out; engines take it beside the next update, once they have the version before."""
@@ -157,10 +194,44 @@ class Coordinator:
         )
         self.log.step(step_record(self.log.elapsed_s(), self.scorer.live, batch, update, fields))
 
-    async def _checkpoint(self, step: int) -> None:
-        if step % self.config.checkpoint.every == 0 and step < self.config.policy.num_updates:
-            await self.pools.policy.save(f"checkpoints/step-{step}")
-            self.log.event("checkpoint_saved", step=step)
+    async def _checkpoint(self, tasks: asyncio.TaskGroup, step: int) -> None:
+        """Copy out what a checkpoint of pi_step holds, if one is due; it is written beside the next updates."""
+        if step % self.config.checkpoint.every or step == self.config.policy.num_updates:
+            return
+        if self.checkpointing is not None:
+            await asyncio.wait([self.checkpointing])
+        version = self.correction_clock.snapshot
+        snapshot = None if version in (None, step) else self.publisher.hold(version)
+        await asyncio.gather(self.pools.policy.capture(), self.pools.scoring.capture())
+        writing = self._write(self._state(step), snapshot, self.heldout.measuring)
+        self.checkpointing = tasks.create_task(writing)
+
+    def _state(self, step: int) -> RunState:
+        live = self.scorer.live
+        return RunState(
+            step=step,
+            reward_version=live.reward_version,
+            anchor_version=live.anchor_version,
+            clock=replace(self.correction_clock),
+            num_issued=self.pump.num_issued,
+            outstanding=self.pump.outstanding,
+            probe_bound=self.publisher.bound,
+            on_policy=self.corrector.on_policy.state,
+        )
+
+    async def _write(
+        self, state: RunState, snapshot: PolicyWeights | None, measuring: "asyncio.Task[None] | None"
+    ) -> None:
+        """``measuring``: the evaluation that the checkpoint's step may have; it would be missing later on."""
+        folder = checkpoints.begin(self.config.run_dir, state.step)
+        trainer = self.pools.policy.write_checkpoint(folder, snapshot)
+        await asyncio.gather(trainer, self.pools.scoring.write_anchor(folder, state.anchor_version))
+        if snapshot is not None:
+            await self.publisher.release(snapshot.version)
+        if measuring is not None:
+            await asyncio.wait([measuring])
+        await asyncio.to_thread(checkpoints.finish, folder, state, self.config.checkpoint.num_kept)
+        self.log.event("checkpoint_saved", step=state.step)
 
     def _abandon(self, pumps: list["asyncio.Task[None]"]) -> None:
         """The last update is done: end what would go on for ever."""

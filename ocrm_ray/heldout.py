@@ -1,7 +1,6 @@
 """The policy on held-out prompts: sampled at one exact version, measured beside the next updates."""
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
@@ -32,8 +31,8 @@ class HeldoutPolicy:
         self.settings = self.config.evaluation
         self.prompts = self.prompts[: self.settings.num_prompts]
         self.sampling: asyncio.Task[list[tuple[Sample, ...]]] | None = None
-        self._measuring: asyncio.Task[None] | None = None
-        self._best_gold = -math.inf
+        self.measuring: asyncio.Task[None] | None = None
+        self._best_gold = self.log.best_gold
 
     def is_due(self, step: int) -> bool:
         """Before the first update, every so many, and after the last; never without held-out prompts."""
@@ -48,12 +47,12 @@ class HeldoutPolicy:
     ) -> None:
         """Evaluate the version that ``publishing`` puts live, whose ``weights`` are held; None for the SFT model."""
         self.sampling = tasks.create_task(self._sample(publishing))
-        self._measuring = tasks.create_task(self._measure(step, self.sampling, weights, self._measuring))
+        self.measuring = tasks.create_task(self._measure(step, self.sampling, weights, self.measuring))
 
     async def finish(self) -> None:
         """Wait for the last evaluation."""
-        if self._measuring is not None:
-            await asyncio.wait([self._measuring])
+        if self.measuring is not None:
+            await asyncio.wait([self.measuring])
 
     async def _sample(self, publishing: "asyncio.Task[None] | None") -> list[tuple[Sample, ...]]:
         """The same prompts and seeds every time; the first ``num_pair_prompts`` get two samples."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ocrm_ray.records import EvaluationReport
-from ocrm_ray.run_files import JsonlWriter, Row, last_time_s, read_jsonl, read_run
+from ocrm_ray.run_files import JsonlWriter, Row, last_time_s, read_jsonl, read_run, rewound
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -77,15 +77,20 @@ class RunLog(AbstractContextManager["RunLog"]):
     the file is strictly in step order. ``close`` writes what still waits, without its evaluation.
     """
 
-    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic, last_step: int = -1) -> None:
+        """``last_step``: that of the checkpoint from which the run goes on."""
         self._run_dir = run_dir
         self._clock = clock
         metrics, events, samples = (run_dir / f"{name}.jsonl" for name in ("metrics", "events", "samples"))
-        self._started = clock() - last_time_s(read_jsonl(metrics), read_jsonl(events))
+        lines = read_jsonl(metrics)
+        self._started = clock() - last_time_s(lines, read_jsonl(events))
+        gold = (row.get("gold_mean") for row in rewound(lines) if row["step"] <= last_step)
+        self.best_gold = max((value for value in gold if value is not None), default=-math.inf)
+        """Of the evaluations until ``last_step``."""
         self._metrics, self._events, self._samples = map(JsonlWriter, (metrics, events, samples))
         self._waiting: deque[StepRecord] = deque()
         self._evaluations: dict[int, EvaluationReport | None] = {}
-        self._last_step = -1
+        self._last_step = last_step
         self._board: SummaryWriter | None = None
 
     def __exit__(self, *_: object) -> None:

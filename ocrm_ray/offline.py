@@ -21,18 +21,16 @@ class OfflineCoordinator(Coordinator):
     async def _optimise(self, tasks: asyncio.TaskGroup) -> None:
         anchor = self.data.pairs.behaviour_logprobs
         assert anchor is not None, "the pairs' log-probs under the SFT model"
-        await self.publisher.start(self.data.probe)
-        self._evaluate(tasks, step=0)
-        for step, indices in enumerate(self._batches(), start=1):
+        first = await self._begin(tasks)
+        for step, indices in enumerate(self._batches()[first - 1 :], start=first):
             with self.step_clock.timed(TRAIN):
                 update = await self.pools.policy.learn_pairs(indices, anchor[indices])
             if self.heldout.is_due(step):
                 await self._publish(tasks, update.version)
             self._evaluate(tasks, step)
             self._record_update(update)
-            await self._checkpoint(step)
-        await self.pools.policy.save("policy")
-        await self.heldout.finish()
+            await self._checkpoint(tasks, step)
+        await self._finish()
 
     def _pumps(self, tasks: asyncio.TaskGroup) -> "list[asyncio.Task[None]]":
         return []

@@ -4,19 +4,15 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 
 from ocrm_ray.config import RunConfig
 from ocrm_ray.gold import label_pairs
 from ocrm_ray.pools import Evaluator
-from ocrm_ray.records import Rollout, Sequence
+from ocrm_ray.records import Groups, OnPolicyState, Responses, Rollout, SequencePair
 from ocrm_ray.strategies import Strategy
 from ocrm_ray.synthetic_pairs import synthetic_pair
-
-SequencePair: TypeAlias = tuple[Sequence, Sequence]
-Groups: TypeAlias = tuple[tuple[Sequence, ...], ...]
 
 
 @dataclass(eq=False)
@@ -29,16 +25,33 @@ class OnPolicyResponses:
     emit: Callable[..., None]
 
     def __post_init__(self) -> None:
-        self._latest: deque[Rollout] = deque(maxlen=self.config.correction.rollout_prompts)
-        self._labelled: list[SequencePair] = []
+        self.restore(OnPolicyState())
+
+    @property
+    def state(self) -> OnPolicyState:
+        return OnPolicyState(tuple(self._latest), tuple(self._labelled), self._taken)
+
+    def restore(self, state: OnPolicyState) -> None:
+        """Go on from ``state``."""
+        self._latest = deque(state.latest, maxlen=self.config.correction.rollout_prompts)
+        self._labelled = list(state.labelled)
+        self._taken = state.taken
 
     def add(self, rollouts: Seq[Rollout]) -> None:
         """These were just trained on."""
         if self.strategy.rollouts is not None:
-            self._latest.extend(rollouts)
+            self._latest.extend(
+                Responses(each.prompt, each.sequences, tuple(score.reward for score in each.scores or ()))
+                for each in rollouts
+            )
 
     async def material(self, snapshot_version: int) -> tuple[tuple[SequencePair, ...], Groups]:
-        """(extra pairs, groups) of a refit for the policy of ``snapshot_version``."""
+        """(extra pairs, groups) of a refit for the policy of ``snapshot_version``; asked again, the same ones."""
+        if self._taken is None or self._taken[0] != snapshot_version:
+            self._taken = snapshot_version, *(await self._take(snapshot_version))
+        return self._taken[1:]
+
+    async def _take(self, snapshot_version: int) -> tuple[tuple[SequencePair, ...], Groups]:
         latest = list(self._latest)
         rng = np.random.default_rng([self.config.seed, snapshot_version, 2])
         match self.strategy.rollouts:
@@ -49,28 +62,28 @@ class OnPolicyResponses:
             case "synthetic":
                 pairs = await self._synthetic(latest, rng)
             case "gold":
-                self._labelled += await self._fresh(latest, rng)
+                fresh, used = await self._fresh(latest, rng), set(map(id, latest))
+                self._labelled += fresh
+                self._latest = deque((each for each in self._latest if id(each) not in used), self._latest.maxlen)
                 pairs = self._labelled
         self.emit("pairs_added", snapshot_version=snapshot_version, num_prompts=len(latest), num_pairs=len(pairs))
         return tuple(pairs), ()
 
-    async def _synthetic(self, rollouts: list[Rollout], rng: np.random.Generator) -> list[SequencePair]:
+    async def _synthetic(self, rollouts: list[Responses], rng: np.random.Generator) -> list[SequencePair]:
         """The best of each prompt's largest cluster, by the reward model that scored it, and one outside."""
         clusters = await self.evaluator.clusters([rollout.sequences for rollout in rollouts])
         pairs = []
         for rollout, cluster_of in zip(rollouts, clusters, strict=True):
-            assert rollout.scores is not None
-            rewards = np.array([score.reward for score in rollout.scores])
+            rewards = np.array(rollout.rewards)
             chosen = synthetic_pair(np.array(cluster_of), rewards, self.config.correction.rlp_spg.confidence, rng)
             if chosen is not None:
                 pairs.append((rollout.sequences[chosen[0]], rollout.sequences[chosen[1]]))
         return pairs
 
-    async def _fresh(self, rollouts: list[Rollout], rng: np.random.Generator) -> list[SequencePair]:
+    async def _fresh(self, rollouts: list[Responses], rng: np.random.Generator) -> list[SequencePair]:
         """Two responses of each prompt since the last refit, ordered by gold as the first pairs were."""
-        self._latest.clear()
         different = [rollout for rollout in rollouts if rollout.sequences[0] != rollout.sequences[1]]
-        pairs = [rollout.sequences[:2] for rollout in different]
+        pairs = [(rollout.sequences[0], rollout.sequences[1]) for rollout in different]
         prompts = [rollout.prompt for rollout in different for _ in range(2)]
         gold = np.array(await self.evaluator.gold_of(prompts, [sequence for pair in pairs for sequence in pair]))
         first_wins = label_pairs(gold[::2], gold[1::2], self.config.pairs.labels, rng)

@@ -7,8 +7,10 @@ its own inside the pool; an actor's failure surfaces as that call's exception.
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from ocrm_ray.checkpoints import Checkpoint
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.records import (
     Calibration,
@@ -73,6 +75,15 @@ class PolicyPool(Protocol):
     async def commit(self, promotion_id: str, reward_version: int, anchor_version: int) -> None:
         """Make the staged critic live, reset the optimiser if so configured, expect the new versions. Idempotent."""
 
+    async def capture(self) -> None:
+        """Copy out what a checkpoint holds of the trainer; call between two updates."""
+
+    async def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> None:
+        """Write what was captured into a checkpoint's folder, and the ``snapshot`` of a correction in flight."""
+
+    async def saved_snapshot(self) -> PolicyWeights:
+        """That snapshot, of the checkpoint from which the trainer went on, exported again."""
+
     async def save(self, name: str, weights: PolicyWeights | None = None) -> None:
         """Write the policy, as it is or as it was exported, as a Hugging Face model folder ``name`` of the run."""
 
@@ -98,6 +109,12 @@ class ScoringPool(Protocol):
 
     async def commit(self, promotion_id: str, anchor_version: int) -> None:
         """Make the staged anchor live, if one was staged. Idempotent."""
+
+    async def capture(self) -> None:
+        """Keep the live anchor, for ``write_anchor``, whatever goes live meanwhile."""
+
+    async def write_anchor(self, folder: Path, anchor_version: int) -> None:
+        """Write what was captured into a checkpoint's folder; nothing for version 0, the SFT model."""
 
 
 class RewardPool(Protocol):
@@ -158,6 +175,9 @@ class Cluster(Protocol):
 
     Actors start as they are needed; ``close`` ends all that is left.
     """
+
+    saved: Checkpoint | None
+    """From which the pools of a resumed run go on."""
 
     async def train_sft(self, show: Show) -> dict[str, object]:
         """Fine-tune the base model on the training prompts' references, into the SFT stage's folder; its figures."""

@@ -1,5 +1,6 @@
 """Prompts: from the rows of a data set to text and token ids, their split, and the files of the data stage."""
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from ocrm_ray.config import Data
 from ocrm_ray.conversations import PromptContent, answer_text, encode_prompt, first_value, parse_messages, prompt_text
 from ocrm_ray.data_files import Row, RowForm, read_jsonl, write_jsonl
 from ocrm_ray.errors import mistake
-from ocrm_ray.records import Prompt
+from ocrm_ray.records import IntArray, Prompt
 
 _MESSAGE_COLUMNS = ("messages", "conversations")
 _REFERENCE_COLUMNS = ("output", "reference", "response")
@@ -109,3 +110,19 @@ PROMPT_ROWS = RowForm(
     need_rows="rows with a prompt, an instruction or messages",
     parse=_content,
 )
+
+
+class ShuffledEpochs:
+    """Every prompt once an epoch, in a new order each, for ever; ``epochs[number]`` is the number-th of all."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        self._prompts, self._seed = prompts, seed
+        self._order = functools.lru_cache(maxsize=2)(self._draw)
+
+    def __getitem__(self, number: int) -> Prompt:
+        epoch, place = divmod(number, len(self._prompts))
+        index: int = self._order(epoch)[place]
+        return self._prompts[index]
+
+    def _draw(self, epoch: int) -> IntArray:
+        return np.random.default_rng([self._seed, 5, epoch]).permutation(len(self._prompts))

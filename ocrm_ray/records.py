@@ -33,6 +33,10 @@ class Sequence:
     has_eos: bool
 
 
+SequencePair: TypeAlias = tuple[Sequence, Sequence]
+Groups: TypeAlias = tuple[tuple[Sequence, ...], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """Sample ``num_samples`` responses to one prompt, sample i with seed ``seed + i``; low ``priority`` first."""
@@ -100,6 +104,24 @@ class Rollout:
     def with_scores(self, scores: tuple[Scores, ...]) -> "Rollout":
         assert len(scores) == len(self.samples)
         return replace(self, scores=scores)
+
+
+@dataclass(frozen=True, slots=True)
+class Responses:
+    """What a refit may take from one rollout: each response with the reward that it was trained with."""
+
+    prompt: Prompt
+    sequences: tuple[Sequence, ...]
+    rewards: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OnPolicyState:
+    """What is kept between refits; ``taken``: by the latest one, (snapshot version, extra pairs, groups)."""
+
+    latest: tuple[Responses, ...] = ()
+    labelled: tuple[SequencePair, ...] = ()
+    taken: tuple[int, tuple[SequencePair, ...], Groups] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ocrm_ray.checkpoints import Checkpoint
 from ocrm_ray.config import RunConfig
 from ocrm_ray.config_file import dump_yaml
 from ocrm_ray.coordinator import Coordinator, TrainingData
@@ -17,19 +18,25 @@ from ocrm_ray.offline import OfflineCoordinator
 from ocrm_ray.pools import Cluster, Show
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.progress import ProgressState
+from ocrm_ray.prompts import ShuffledEpochs
 from ocrm_ray.records import EvaluationReport
 from ocrm_ray.report import write_report
 from ocrm_ray.stage_lock import held
-from ocrm_ray.stages import Stages, shuffled_epochs
+from ocrm_ray.stages import Stages
 
 
 class ShownRunLog(RunLog):
     """A run log that also shows each step and the figures known so far."""
 
     def __init__(
-        self, run_dir: Path, num_updates: int, show: Show, clock: Callable[[], float] = time.monotonic
+        self,
+        run_dir: Path,
+        num_updates: int,
+        show: Show,
+        clock: Callable[[], float] = time.monotonic,
+        last_step: int = -1,
     ) -> None:
-        super().__init__(run_dir, clock)
+        super().__init__(run_dir, clock, last_step)
         self._state = ProgressState(stage="rl", total=num_updates, unit="updates")
         self._show = show
 
@@ -56,24 +63,29 @@ async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dic
         await stages.run()
     show(ProgressState(stage="start"))
     pools = await cluster.pools()
-    with ShownRunLog(config.run_dir, config.policy.num_updates, show) as log:
+    saved = cluster.saved
+    last_step = saved.state.step if saved else -1
+    with ShownRunLog(config.run_dir, config.policy.num_updates, show, last_step=last_step) as log:
+        if saved:
+            log.event("resumed", step=last_step, checkpoint=saved.folder.name, refused=saved.refused)
         kind = OfflineCoordinator if config.policy.is_offline else Coordinator
-        await kind(config, pools, training_data(config, stages), log, time.monotonic).run()
+        await kind(config, pools, training_data(config, stages, saved), log, time.monotonic).run()
     summary = summarise(config.run_dir)
     show(ProgressState(stage="report"))
     write_report(config.run_dir)
     return summary
 
 
-def training_data(config: RunConfig, stages: Stages) -> TrainingData:
+def training_data(config: RunConfig, stages: Stages, saved: Checkpoint | None) -> TrainingData:
     """What the stages left, as the coordinator takes it."""
     folder = stages.paths.root / "pairs"
     pairs, held_out = read_pairs(folder / "train.jsonl"), read_pairs(folder / "heldout.jsonl")
     num_tokens = [len(pair.chosen.response_ids) + len(pair.rejected.response_ids) for pair in pairs]
     probe = [sequence for pair in held_out for sequence in (pair.chosen, pair.rejected)]
     return TrainingData(
-        prompts=shuffled_epochs(stages.training_prompts(), config.seed),
+        prompts=ShuffledEpochs(stages.training_prompts(), config.seed),
         heldout=tuple(stages.heldout_prompts()),
         pairs=PairData(len(pairs), stages.behaviour_logprobs(), np.array(num_tokens, dtype=np.int64)),
         probe=tuple(probe[: config.probe.num_sequences]),
+        saved=saved.state if saved else None,
     )

@@ -44,6 +44,10 @@ class RolloutBuffer:
         """Scored rollouts that wait for training, by request id."""
         return dict(self._ready)
 
+    def waiting(self) -> tuple[str, ...]:
+        """Every prompt that was issued and is not taken, by request id."""
+        return tuple(self._issued_at)
+
     def _num_allowed(self) -> int:
         return min((self.published_version + self.max_staleness + 1) * self.batch_size, self.num_total)
 

@@ -1,15 +1,19 @@
 """The two pumps between prompts and training: one issues prompts to the engines, one scores what they finish."""
 
 import asyncio
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass, replace
 
+from ocrm_ray.checkpoints import RunState
 from ocrm_ray.config import RunConfig
 from ocrm_ray.pools import GenerationPool
-from ocrm_ray.records import GenerationRequest, Prompt, Rollout
+from ocrm_ray.prompts import ShuffledEpochs
+from ocrm_ray.records import GenerationRequest, Rollout
 from ocrm_ray.rollout_buffer import RolloutBuffer
 from ocrm_ray.rollout_scoring import RolloutScorer
 
+ROLLOUT = "rollout-"
+"""Before the number of a rollout: its request's name. The same number is the same prompt with the same seeds."""
 INCARNATION = 1
 """A run that goes back to a checkpoint counts up; what carries another number is dropped."""
 
@@ -33,21 +37,34 @@ class RolloutPump:
     config: RunConfig
     generation: GenerationPool
     scorer: RolloutScorer
-    prompts: Iterator[Prompt]
+    prompts: ShuffledEpochs
+    saved: RunState | None = None
+    """Where a resumed run goes on."""
 
     def __post_init__(self) -> None:
-        settings = self.settings = self.config.rollout
+        settings, saved = self.config.rollout, self.saved
+        self.settings = settings
+        version = saved.step if saved else 0
         self.buffer = RolloutBuffer(
             batch_size=settings.prompts_per_step,
             max_staleness=settings.max_staleness,
             num_total=settings.prompts_per_step * self.config.policy.num_updates,
             reissue=self._reissue if settings.straggler == "reissue" else None,
+            published_version=version,
+            num_issued=version * settings.prompts_per_step,
         )
+        self.num_issued = saved.num_issued if saved else 0
+        self._numbers = itertools.chain(saved.outstanding if saved else (), itertools.count(self.num_issued))
         self._attempts: dict[str, Attempt] = {}
         self._finished: asyncio.Queue[tuple[str, Rollout]] = asyncio.Queue()
         self._may_issue = asyncio.Event()
         self._may_issue.set()
         self._tasks: asyncio.TaskGroup | None = None
+
+    @property
+    def outstanding(self) -> tuple[int, ...]:
+        """Numbers of the rollouts that were asked for and are not with the trainer."""
+        return tuple(sorted(int(slot_id.removeprefix(ROLLOUT)) for slot_id in self.buffer.waiting()))
 
     @property
     def requests(self) -> "list[asyncio.Task[None]]":
@@ -64,14 +81,15 @@ class RolloutPump:
     async def issue(self, tasks: asyncio.TaskGroup) -> None:
         """Issue every prompt of the run, as slots fall free."""
         self._tasks = tasks
-        number = 0
         while await self.buffer.wait_for_slot():
             await self._may_issue.wait()
-            slot_id = f"rollout-{number}"
+            number = next(self._numbers)
+            self.num_issued = max(self.num_issued, number + 1)
+            slot_id = f"{ROLLOUT}{number}"
             self.buffer.issue(slot_id)
             request = GenerationRequest(
                 request_id=slot_id,
-                prompt=next(self.prompts),
+                prompt=self.prompts[number],
                 num_samples=self.settings.samples_per_prompt,
                 max_new_tokens=self.settings.max_new_tokens,
                 temperature=self.settings.temperature,
@@ -80,7 +98,6 @@ class RolloutPump:
                 top_k=self.settings.top_k,
             )
             self._send(slot_id, request, attempt=0)
-            number += 1
 
     async def score(self) -> None:
         """Score what is finished, together but no more than a step's worth, and hand it to the trainer."""

@@ -6,16 +6,13 @@ where the configuration names a ready one. What needs a network is done by the `
 
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import shutil
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ocrm_ray.config import DataFile, RunConfig
 from ocrm_ray.data_files import read_rows
@@ -232,11 +229,3 @@ class Stages:
         if not self._needs_logprobs:
             return None
         return load_file(self.paths.root / "logprobs" / "behaviour.safetensors")["logprobs"]
-
-
-def shuffled_epochs(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
-    """Every prompt once an epoch, in a new order each, for ever."""
-    return itertools.chain.from_iterable(
-        [prompts[index] for index in np.random.default_rng([seed, 5, epoch]).permutation(len(prompts))]
-        for epoch in itertools.count()
-    )

@@ -81,6 +81,22 @@ class WeightPublisher:
         self._bound = Gap(*(max(self.probe.factor * gap, self.probe.floor) for gap in baseline))
         return baseline
 
+    async def resume(self, sequences: Seq[Sequence], bound: Seq[float]) -> None:
+        """Instead of ``start`` in a run that goes on: bring its weights into engines that have others, and probe."""
+        self._sequences, self._bound = tuple(sequences), Gap(*bound)
+        await self.put_live(await self.export())
+
+    def adopt(self, weights: PolicyWeights) -> PolicyWeights:
+        """Keep weights that the trainer has exported of its own, held once."""
+        self._kept[weights.version], self._holds[weights.version] = weights, 1
+        return weights
+
+    @property
+    def bound(self) -> Gap:
+        """Of every later probe's gap."""
+        assert self._bound is not None, "start() or resume() finds it"
+        return self._bound
+
     async def export(self) -> Exported:
         """The present weights; also how the trainer scores the probe, for the first export and every ``every``-th."""
         assert self._bound is not None, "start() comes before export()"
@@ -110,11 +126,12 @@ class WeightPublisher:
         await self.release(weights.version)
         return report
 
-    def hold(self) -> PolicyWeights:
-        """Keep the weights exported last until ``release`` is called as often as ``hold`` was."""
+    def hold(self, version: int | None = None) -> PolicyWeights:
+        """Keep weights, those exported last or ``version``, until ``release`` is called as often as ``hold`` was."""
         assert self._latest is not None, "nothing is exported yet"
-        self._holds[self._latest.version] += 1
-        return self._latest
+        weights = self._latest if version is None else self._kept[version]
+        self._holds[weights.version] += 1
+        return weights
 
     async def release(self, version: int) -> None:
         """Give a hold back; without any the weights' place is free for later ones."""

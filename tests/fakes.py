@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ocrm_ray.checkpoints import Checkpoint
 from ocrm_ray.config import RunConfig
 from ocrm_ray.judge import JudgeStatistics
 from ocrm_ray.pools import Pools
@@ -99,6 +100,10 @@ class FakePolicy:
     exported: list[int] = field(default_factory=list)
     most_exported: int = 0
     fail_at: int | None = None
+    write_s: float = 1.5
+    captured: int | None = None
+    snapshot: int | None = None
+    """Of the checkpoint from which it goes on."""
 
     async def update(self, rollouts: Seq[Rollout]) -> UpdateReport:
         for rollout in rollouts:
@@ -141,6 +146,22 @@ class FakePolicy:
         self.reward_version, self.anchor_version = reward_version, anchor_version
         self.commits.append((asyncio.get_running_loop().time(), promotion_id, self.version))
 
+    async def capture(self) -> None:
+        assert not self.busy, "a checkpoint in the middle of an update"
+        self.captured = self.version
+
+    async def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> None:
+        await asyncio.sleep(self.write_s)
+        assert snapshot is None or snapshot.version in self.exported, "written after its release"
+        (folder / "policy").mkdir()
+        (folder / "policy" / "version").write_text(str(self.captured))
+        (folder / "state" / "snapshot").write_text("" if snapshot is None else str(snapshot.version))
+
+    async def saved_snapshot(self) -> PolicyWeights:
+        assert self.snapshot is not None
+        self.exported.append(self.snapshot)
+        return PolicyWeights(self.snapshot, Path("/nowhere/snapshot"), 8)
+
     async def save(self, name: str, weights: PolicyWeights | None = None) -> None:
         self.saved.append((name, self.version if weights is None else weights.version))
 
@@ -157,6 +178,7 @@ class FakeScoring:
     snapshots: list[int] = field(default_factory=list)
     scored: list[tuple[str, int]] = field(default_factory=list)
     logprob: dict[str, float] = field(default_factory=dict)
+    captured: int = 0
 
     async def score(self, sequences: Seq[Sequence], models: Seq[str] = ("live", "sft")) -> list[list[np.ndarray]]:
         for model in models:
@@ -178,6 +200,13 @@ class FakeScoring:
     async def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
         self.staged[promotion_id] = weights.version
 
+    async def capture(self) -> None:
+        self.captured = self.anchor_version
+
+    async def write_anchor(self, folder: Path, anchor_version: int) -> None:
+        assert self.captured == anchor_version
+        (folder / "state" / "anchor").write_text(str(anchor_version))
+
     async def commit(self, promotion_id: str, anchor_version: int) -> None:
         self.anchor_version, self.promoted = self.staged.pop(promotion_id, self.anchor_version), promotion_id
 
@@ -195,6 +224,8 @@ class FakeReward:
     scored: list[tuple[float, str]] = field(default_factory=list)
     num_refitting: int = 0
     fail_refit: bool = False
+    run_dir: Path | None = None
+    """Where it leaves reward models."""
 
     async def score(self, sequences: Seq[Sequence], slot: str = "live") -> np.ndarray:
         version = self.version if slot in ("live", self.promoted) else self.staged[slot]
@@ -213,6 +244,10 @@ class FakeReward:
         self.num_refitting -= 1
         if self.fail_refit:
             raise RuntimeError("refit diverged")
+        if self.run_dir is not None:
+            folder = self.run_dir / "reward" / f"v{request.reward_version}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "weights").write_text(str(request.reward_version))
         return RefitReport(request.reward_version, Path("/nowhere"), 0.5, 0.7, seconds)
 
     async def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
@@ -270,6 +305,18 @@ class FakePools:
     scoring: FakeScoring = field(default_factory=FakeScoring)
     reward: FakeReward = field(default_factory=FakeReward)
     evaluator: FakeEvaluator = field(default_factory=FakeEvaluator)
+
+    @classmethod
+    def of(cls, saved: Checkpoint, **fakes: object) -> "FakePools":
+        """The pools as a resumed run finds them: restored, but engines that have the SFT model."""
+        pools, state = cls(**fakes), saved.state  # type: ignore[arg-type]
+        assert (saved.folder / "version").read_text() == str(state.step)
+        snapshot = (saved.trainer / "snapshot").read_text()
+        pools.policy.snapshot = int(snapshot) if snapshot else None
+        pools.policy.version, pools.reward.version = state.step, state.reward_version
+        pools.policy.reward_version, pools.policy.anchor_version = state.reward_version, state.anchor_version
+        pools.scoring.anchor_version = state.anchor_version
+        return pools
 
     def pools(self) -> Pools:
         return Pools(self.generation, self.policy, self.scoring, self.reward, self.evaluator)

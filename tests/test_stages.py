@@ -11,9 +11,9 @@ import pytest
 from ocrm_ray import praise, stages
 from ocrm_ray.config import RunConfig
 from ocrm_ray.preferences import read_pairs
-from ocrm_ray.prompts import read_prompts
+from ocrm_ray.prompts import ShuffledEpochs, read_prompts
 from ocrm_ray.records import GenerationRequest, Sample, Sequence
-from ocrm_ray.stages import StageFolder, Stages, shuffled_epochs, stage_paths
+from ocrm_ray.stages import StageFolder, Stages, stage_paths
 
 EOS = 1
 
@@ -224,7 +224,7 @@ def test_an_epoch_holds_every_prompt_once_and_the_next_has_another_order(tmp_pat
     config = tiny_config(tmp_path)
     run_stages(config)
     prompts = read_prompts(config.stage_root / "data" / "prompts.jsonl")
-    stream = shuffled_epochs(prompts, seed=3)
+    stream = iter(ShuffledEpochs(prompts, seed=3))
     first, second = ([next(stream).prompt_id for _ in prompts] for _ in range(2))
     assert sorted(first) == sorted(second) == sorted(prompt.prompt_id for prompt in prompts)
     assert first != second

@@ -1,7 +1,6 @@
 """Whole runs over fakes on a virtual clock, and what they left in their folders."""
 
 import asyncio
-import itertools
 import json
 from pathlib import Path
 
@@ -9,26 +8,32 @@ import numpy as np
 from fakes import FakePools, prompts
 from virtual_clock import run_virtual
 
+from ocrm_ray.checkpoints import Checkpoint
 from ocrm_ray.config import RunConfig
 from ocrm_ray.coordinator import Coordinator, TrainingData
 from ocrm_ray.correction import PairData
 from ocrm_ray.metrics import RunLog
 from ocrm_ray.offline import OfflineCoordinator
+from ocrm_ray.prompts import ShuffledEpochs
 from ocrm_ray.records import Sequence
 
 NUM_PAIRS = 10
 
 
-async def coordinate(config: RunConfig, fakes: FakePools, run_dir: Path) -> float:
+async def coordinate(
+    config: RunConfig, fakes: FakePools, run_dir: Path, saved: Checkpoint | None = None, num_prompts: int = 50
+) -> float:
     """Run to the end; returns the virtual seconds it took."""
+    fakes.reward.run_dir = config.run_dir
     clock = asyncio.get_running_loop().time
     data = TrainingData(
-        prompts=itertools.cycle(prompts(50)),
+        prompts=ShuffledEpochs(prompts(num_prompts), seed=0),
         heldout=prompts(3),
         pairs=PairData(NUM_PAIRS, np.arange(2 * NUM_PAIRS, dtype=np.float32).reshape(-1, 2), np.arange(NUM_PAIRS)),
         probe=(Sequence((1,), (2,), True),),
+        saved=saved.state if saved else None,
     )
-    with RunLog(run_dir, clock) as log:
+    with RunLog(run_dir, clock, saved.state.step if saved else -1) as log:
         kind = OfflineCoordinator if config.policy.is_offline else Coordinator
         await kind(config, fakes.pools(), data, log, clock).run()
     return clock()

@@ -22,10 +22,13 @@ from tiny_models import (
 
 from actors.policy import PolicyActor
 from actors.training_engine import EngineSettings, TrainingEngine
+from actors.weight_transport import WeightReader
 from ocrm_ray import batches, networks
+from ocrm_ray.algorithm.schedule import CorrectionClock
+from ocrm_ray.checkpoints import RunState, begin, finish
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import CausalModel, load_causal_lm, response_logprobs
-from ocrm_ray.records import RefitReport, Sequence
+from ocrm_ray.records import OnPolicyState, RefitReport, Sequence
 
 pytestmark = pytest.mark.real
 
@@ -500,3 +503,33 @@ def test_gradient_that_is_not_finite_ends_the_run(zero_stage, dtype):
     engine.accumulate([batch], lambda part: response_logprobs(engine.forward, part, 1.0).sum() * float("nan"))
     with pytest.raises(RunError, match="gradient is not finite"):
         engine.step(1.0)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_trainer_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, algorithm, dtype):
+    reward = save_reward_model(tmp_path / "rm") if algorithm == "ppo" else None
+    sections = {"policy": {"algorithm": algorithm, "learning_rate": 3e-3, "lr_schedule": "linear"}}
+    asked = make_actor(tmp_path, reward, **sections, pools={"policy": {"dtype": dtype}})
+    asked.update(rollouts_of(asked))
+    snapshot = asked.export_weights()
+    asked.commit("snapshot-1", 3, 2)
+    live = {"versions": (3, 2)}
+    asked.update(rollouts_of(asked, **live))
+    asked.capture()
+    rollouts = rollouts_of(asked, **live)
+    report = asked.update(rollouts)
+    partial = begin(tmp_path, 2)
+    asked.write_checkpoint(partial, snapshot)
+    state = {"reward_version": 0, "anchor_version": 0, "num_issued": 2, "outstanding": (), "probe_bound": (1, 1)}
+    folder = finish(partial, RunState(step=2, clock=CorrectionClock(4), on_policy=OnPolicyState(), **state), num_kept=1)
+
+    resumed = PolicyActor(asked.config, asked.sft_path, reward, asked.run_dir, tmp_path / "again", checkpoint=folder)
+    resumed.start()
+    again = resumed.update(rollouts)
+    assert replace(again, seconds=0) == replace(report, seconds=0)
+    np.testing.assert_array_equal(sums(resumed), sums(asked))
+    weights = resumed.saved_snapshot()
+    assert weights.version == 1
+    with WeightReader().read(snapshot) as old, WeightReader().read(weights) as found:
+        assert all(torch.equal(old[name], found[name]) for name in old)

@@ -41,8 +41,8 @@ from measured_run import (
 from ocrm_ray.config import RunConfig
 from ocrm_ray.config_file import load_run_config
 from ocrm_ray.networks import load_reward_model, load_tokenizer, save_model
-from ocrm_ray.prompts import read_prompts
-from ocrm_ray.stages import shuffled_epochs, stage_paths
+from ocrm_ray.prompts import ShuffledEpochs, read_prompts
+from ocrm_ray.stages import stage_paths
 
 GIB = 2**30
 
@@ -102,7 +102,7 @@ def time_ours(launch: Launch, num_warmup: int) -> tuple[MeasuredRun, Timing]:
 def trl_spec(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     """What trl_updates.py needs, from the resolved configuration of a run of ours whose stages are done."""
     paths, rollout, policy = stage_paths(config), config.rollout, config.policy
-    prompts = shuffled_epochs(read_prompts(paths.root / "data" / "prompts.jsonl"), config.seed)
+    prompts = ShuffledEpochs(read_prompts(paths.root / "data" / "prompts.jsonl"), config.seed)
     used = list(itertools.islice(prompts, options.trl_updates * rollout.prompts_per_step))
     return {
         "model": paths.sft,

@@ -1,0 +1,215 @@
+"""Checkpoints as files, and runs that are cut off anywhere and go on from them, over fakes on a virtual clock."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from fakes import FakeGeneration, FakePolicy, FakePools, FakeReward, prompts, tiny_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from virtual_clock import run_virtual
+from virtual_runs import coordinate, events, metrics
+
+from ocrm_ray import checkpoints
+from ocrm_ray.algorithm.schedule import CorrectionClock
+from ocrm_ray.checkpoints import STATE, RunState, newest
+from ocrm_ray.config import RunConfig
+from ocrm_ray.errors import UserError
+from ocrm_ray.prompts import ShuffledEpochs
+from ocrm_ray.records import OnPolicyState, Prompt, Responses, Sequence
+
+NUM_PROMPTS = 60
+WRITTEN = "model.safetensors is not what was written"
+RULES = ({}, {"correction.promote_after": 2}, {"correction.schedule": "blocking"}, {"correction.max_lag": 3})
+
+
+def state_of(step: int, **changes: object) -> RunState:
+    fields: dict[str, object] = {"reward_version": 0, "anchor_version": 0, "num_issued": step, "outstanding": ()}
+    fields |= {"clock": CorrectionClock(every=4), "on_policy": OnPolicyState(), "probe_bound": (0.1, 0.2)}
+    return RunState(step=step, **(fields | changes))  # type: ignore[arg-type]
+
+
+def write(run_dir: Path, state: RunState, num_kept: int = 10) -> Path:
+    partial = checkpoints.begin(run_dir, state.step)
+    (partial / "policy").mkdir()
+    (partial / "policy" / "model.safetensors").write_bytes(b"weights of %d" % state.step)
+    (partial / STATE / "trainer.json").write_text("{}")
+    return checkpoints.finish(partial, state, num_kept)
+
+
+def test_a_checkpoint_reads_back_as_it_was_written_with_everything_inside(tmp_path: Path) -> None:
+    sequence = Sequence((1, 2), (3,), True)
+    kept = Responses(Prompt(7, "text", (1, 2), "reference"), (sequence, sequence), (0.1, 1 / 3))
+    state = state_of(
+        4,
+        anchor_version=3,
+        outstanding=(2, 5),
+        clock=CorrectionClock(every=4, promote_after=2, snapshot=4, num_deferred=1),
+        on_policy=OnPolicyState((kept,), ((sequence, sequence),), (4, ((sequence, sequence),), ((sequence,),))),
+    )
+    folder = write(tmp_path, state)
+    found = newest(tmp_path)
+    assert found is not None
+    assert (found.state, found.folder, found.refused) == (state, folder, ())
+    assert found.anchor_path == str(folder / STATE / "anchor")
+
+
+def test_the_newest_stay_and_no_partial_folder_is_left(tmp_path: Path) -> None:
+    for step in (2, 10, 6):
+        write(tmp_path, state_of(step), num_kept=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-6"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"weights of 9"), WRITTEN),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"weights"), WRITTEN),
+        (lambda folder: (folder / "model.safetensors").unlink(), "No such file or directory"),
+        (lambda folder: (folder / STATE / "run.json").write_text("{}"), "state/run.json is not what was written"),
+        (lambda folder: (folder / STATE / "manifest.json").write_text("{"), "Expecting property name"),
+        (lambda folder: (folder / STATE / "manifest.json").unlink(), "No such file or directory"),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path: Path, damage, reason: str) -> None:  # type: ignore[no-untyped-def]
+    older = write(tmp_path, state_of(2))
+    damage(write(tmp_path, state_of(8)))
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.folder == older
+    assert len(found.refused) == 1
+    assert found.refused[0].startswith("checkpoints/step-8: ")
+    assert reason in found.refused[0]
+
+
+def test_a_live_reward_model_that_changed_later_breaks_the_checkpoint(tmp_path: Path) -> None:
+    reward = tmp_path / "reward" / "v3"
+    reward.mkdir(parents=True)
+    (reward / "model.safetensors").write_bytes(b"reward")
+    write(tmp_path, state_of(2, reward_version=3))
+    assert newest(tmp_path) is not None
+    (reward / "model.safetensors").write_bytes(b"other!")
+    with pytest.raises(UserError, match=r"step-2: \.\./\.\./reward/v3/model\.safetensors is not what was written"):
+        newest(tmp_path)
+
+
+def test_where_every_checkpoint_is_broken_the_error_says_what_to_do(tmp_path: Path) -> None:
+    (write(tmp_path, state_of(2)) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"need one that is whole: remove .*checkpoints to begin RL again"):
+        newest(tmp_path)
+    assert newest(tmp_path / "elsewhere") is None
+
+
+def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoints.begin(tmp_path, 3)
+    assert newest(tmp_path) is None
+    assert not checkpoints.is_any(tmp_path)
+
+
+def cut_off(config: RunConfig, fakes: FakePools, seconds: float, saved: checkpoints.Checkpoint | None = None) -> bool:
+    """Run and kill the coordinator after so many virtual seconds; whether it was still running."""
+
+    async def run() -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await coordinate(config, fakes, config.run_dir, saved, NUM_PROMPTS)
+        except TimeoutError:
+            return True
+        return False
+
+    return run_virtual(run())
+
+
+def trained(fakes: FakePools) -> list[list[int]]:
+    return [[rollout.prompt.prompt_id for rollout in batch] for _, batch in fakes.policy.updates]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cuts=st.lists(st.floats(0.5, 40), min_size=1, max_size=3),
+    every=st.integers(1, 4),
+    staleness=st.integers(0, 2),
+    speeds=st.lists(st.sampled_from([0.2, 1.0, 5.0]), min_size=1, max_size=5),
+    rule=st.sampled_from(
+        [{}, {"correction.promote_after": 2}, {"correction.schedule": "blocking"}, {"correction.max_lag": 3}]
+    ),
+)
+def test_however_often_a_run_is_cut_off_every_prompt_is_trained_on_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    cuts: list[float],
+    every: int,
+    staleness: int,
+    speeds: list[float],
+    rule: dict[str, object],
+) -> None:
+    folder = {"output_dir": str(tmp_path_factory.mktemp("run"))}
+    config = tiny_run(**folder, **{"checkpoint.every": every, "rollout.max_staleness": staleness}, **rule)
+    lineage: list[list[int]] = []
+    for seconds in [*cuts, 10_000.0]:
+        saved = newest(config.run_dir)
+        engines = {"generation": FakeGeneration(seconds=lambda n: speeds[n % len(speeds)])}
+        fakes = FakePools.of(saved, **engines) if saved else FakePools(**engines)
+        del lineage[saved.state.step if saved else 0 :]
+        is_cut = cut_off(config, fakes, seconds, saved)
+        lineage += trained(fakes)
+        if not is_cut:
+            break
+    assert len(lineage) == config.policy.num_updates
+    epochs = ShuffledEpochs(prompts(NUM_PROMPTS), seed=0)
+    expected = [epochs[number].prompt_id for number in range(12 * 4)]
+    assert sorted(number for batch in lineage for number in batch) == sorted(expected)
+
+
+def test_a_correction_in_flight_starts_again_from_its_snapshot_and_is_promoted_in_time(tmp_path: Path) -> None:
+    changes = {"correction.promote_after": 3, "checkpoint.every": 5, "output_dir": str(tmp_path)}
+    config = tiny_run(**changes)
+    never = FakePools(reward=FakeReward(refit_s=lambda n: float("inf")))
+    assert cut_off(config, never, 30.0)
+    saved = newest(config.run_dir)
+    assert saved is not None
+    assert (saved.state.step, saved.state.clock.snapshot) == (5, 4)
+    again = FakePools.of(saved)
+    assert not cut_off(config, again, 10_000.0, saved)
+    assert again.scoring.snapshots[0] == 4
+    promoted = events(config.run_dir, "promoted")
+    assert [(row["snapshot_version"], row["policy_version"]) for row in promoted] == [(4, 7), (8, 11)]
+    assert again.policy.exported == [12], "held weights were given back"
+
+
+def test_a_resumed_run_brings_its_weights_into_the_engines_before_it_samples(tmp_path: Path) -> None:
+    config = tiny_run(**{"checkpoint.every": 5, "output_dir": str(tmp_path)})
+    assert cut_off(config, FakePools(), 12.0)
+    saved = newest(config.run_dir)
+    assert saved is not None
+    again = FakePools.of(saved)
+    assert not cut_off(config, again, 10_000.0, saved)
+    first = again.policy.updates[0][1]
+    assert {rollout.first_version for rollout in first} == {5}
+
+
+def test_the_metrics_of_a_resumed_run_go_on_at_its_step_and_in_its_time(tmp_path: Path) -> None:
+    config = tiny_run(**{"checkpoint.every": 4, "output_dir": str(tmp_path)})
+    assert cut_off(config, FakePools(policy=FakePolicy(write_s=0.0)), 13.0)
+    before = metrics(config.run_dir)
+    saved = newest(config.run_dir)
+    assert saved is not None
+    assert not cut_off(config, FakePools.of(saved), 10_000.0, saved)
+    rows = metrics(config.run_dir)[len(before) :]
+    assert [row["step"] for row in rows] == list(range(saved.state.step + 1, 13))
+    assert rows[0]["time_s"] > before[-1]["time_s"]
+
+
+def test_a_checkpoint_waits_for_the_evaluation_of_its_step(tmp_path: Path) -> None:
+    config = tiny_run(**{"checkpoint.every": 6, "evaluation.every": 6, "output_dir": str(tmp_path)})
+    fakes = FakePools(policy=FakePolicy(write_s=0.0))
+    slow = asyncio.Event()
+    evaluate = fakes.evaluator.evaluate
+
+    async def stuck(step: int, *measured: object) -> object:
+        if step == 6:
+            await slow.wait()
+        return await evaluate(step, *measured)  # type: ignore[arg-type]
+
+    fakes.evaluator.evaluate = stuck  # type: ignore[method-assign, assignment]
+    assert cut_off(config, fakes, 200.0)
+    assert newest(config.run_dir) is None
