@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec
 from actors.session import ray_session
-from ocrm_ray.checkpoints import is_any
+from ocrm_ray.checkpoints import forget_unsaved
 from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import study_runs
 from ocrm_ray.progress import ProgressDisplay
@@ -61,16 +60,6 @@ def run_study(study: StudyConfig, num_jobs: int = 1) -> str:
     page = write_study(folder, study)
     table = study_table(json.loads((folder / "study.json").read_text(encoding="utf-8")))
     return f"{table}\nreport: {page}"
-
-
-def forget_unsaved(run_dir: Path) -> None:
-    """Without a checkpoint, remove what an unfinished RL wrote: it starts over, and its lines must not mix."""
-    if is_any(run_dir):
-        return
-    for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl", "summary.json", "sft_gold.json"):
-        (run_dir / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "checkpoints", "policy", "policy-best", "reward", "plots"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 async def _run(config: RunConfig, shared_memory: Path, display: ProgressDisplay, arm: str | None) -> dict[str, object]:

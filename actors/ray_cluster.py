@@ -1,6 +1,7 @@
 """The coordinator's process: runs the stages and RL, over actors and pools that start as they are needed."""
 
 import asyncio
+import functools
 import sys
 from collections.abc import Awaitable
 from dataclasses import replace
@@ -15,14 +16,14 @@ from actors.generation_group import RayGenerationPool
 from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
 from actors.ray_pool import RayPool, plan_bundles
 from actors.remote_actor import ActorSpec
-from ocrm_ray.checkpoints import Checkpoint, newest, reward_folder
+from ocrm_ray.checkpoints import Checkpoint, reward_folder
 from ocrm_ray.config import RunConfig
 from ocrm_ray.networks import context_length
 from ocrm_ray.pools import Pools, Show
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.prompts import read_prompts
 from ocrm_ray.records import FloatArray, GenerationRequest, RefitReport, Sample
-from ocrm_ray.reinforcement import run_to_the_end
+from ocrm_ray.reinforcement import run_with_restarts
 from ocrm_ray.stages import stage_paths
 
 NUM_LOGPROB_PARTS = 40
@@ -200,7 +201,7 @@ class RunActor:
     def __init__(self, config: RunConfig, shared_memory: Path) -> None:
         """``shared_memory``: the run's folder for weights on their way."""
         self._config = config
-        self._cluster = RayCluster(config, shared_memory, newest(config.run_dir))
+        self._shared_memory = shared_memory
         self._state = ProgressState(stage="start")
         self._running: asyncio.Task[dict[str, object]] | None = None
         self._ended = asyncio.Event()
@@ -210,11 +211,11 @@ class RunActor:
 
     async def run(self) -> dict[str, object]:
         """The whole run; returns its summary. Whatever happens, the pools are ended."""
-        self._running = asyncio.create_task(run_to_the_end(self._config, self._cluster, self._show))
+        start = functools.partial(RayCluster, self._config, self._shared_memory)
+        self._running = asyncio.create_task(run_with_restarts(self._config, start, self._show))
         try:
             return await self._running
         finally:
-            await self._cluster.close()
             self._ended.set()
 
     async def stop(self) -> None:

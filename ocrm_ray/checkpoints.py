@@ -102,6 +102,16 @@ def is_any(run_dir: Path) -> bool:
     return bool(_folders(run_dir))
 
 
+def forget_unsaved(run_dir: Path) -> None:
+    """Without a checkpoint, remove what an unfinished RL wrote: it starts over, and its lines must not mix."""
+    if is_any(run_dir):
+        return
+    for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl", "summary.json", "sft_gold.json"):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ("tensorboard", "checkpoints", "policy", "policy-best", "reward", "plots"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+
+
 def newest(run_dir: Path) -> Checkpoint | None:
     """The newest whole checkpoint; None where there is none at all. UserError where all are broken."""
     refused: list[str] = []

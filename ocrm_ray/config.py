@@ -241,6 +241,8 @@ class Checkpoint(Section):
     """Policy updates between checkpoints; the last policy is always saved."""
     num_kept: PositiveInt = 2
     """The newest so many checkpoints stay."""
+    max_restarts: NonNegativeInt = 3
+    """How often the run goes back to its newest checkpoint after one of its processes died or hung; then it ends."""
 
 
 class RunConfig(Section):

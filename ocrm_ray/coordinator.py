@@ -37,6 +37,7 @@ class TrainingData:
     """What a run trains and is measured on; ``probe``: the sequences on which engine and trainer are compared.
 
     ``saved``: where a resumed run goes on; the pools are there already, but the engines have the SFT model.
+    ``incarnation`` counts up when a run goes back to a checkpoint.
     """
 
     prompts: ShuffledEpochs
@@ -44,6 +45,7 @@ class TrainingData:
     pairs: PairData
     probe: tuple[Sequence, ...]
     saved: RunState | None = None
+    incarnation: int = 1
 
 
 class Coordinator:
@@ -61,7 +63,7 @@ class Coordinator:
         self.correction_clock = replace(saved.clock) if saved else fresh
         live = ScoreVersions(saved.reward_version, saved.anchor_version) if saved else ScoreVersions(0, 0)
         self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, live)
-        self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts, saved)
+        self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts, saved, data.incarnation)
         if saved:
             self.pump.pause()  # until the engines have the weights
         self.buffer = self.pump.buffer

@@ -1,18 +1,19 @@
 """The RL stage and what follows it: corrections, evaluation, summary, report."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ocrm_ray.checkpoints import Checkpoint
+from ocrm_ray.checkpoints import Checkpoint, forget_unsaved, newest
 from ocrm_ray.config import RunConfig
 from ocrm_ray.config_file import dump_yaml
 from ocrm_ray.coordinator import Coordinator, TrainingData
 from ocrm_ray.correction import PairData
+from ocrm_ray.errors import ActorDiedError, DeadlineError
 from ocrm_ray.metrics import RunLog, StepRecord, summarise
 from ocrm_ray.offline import OfflineCoordinator
 from ocrm_ray.pools import Cluster, Show
@@ -54,8 +55,29 @@ class ShownRunLog(RunLog):
         self._show(self._state)
 
 
-async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dict[str, object]:
-    """Every stage of a run, its summary and its report; returns the summary."""
+async def run_with_restarts(
+    config: RunConfig, start: Callable[[Checkpoint | None], Cluster], show: Show
+) -> dict[str, object]:
+    """``run_to_the_end`` over a cluster from ``start``; after the death of a process over another one, from the newest
+    checkpoint, at most ``checkpoint.max_restarts`` times. Whatever happens, the cluster is closed."""
+    restarts: list[str] = []
+    while True:
+        cluster = start(newest(config.run_dir))
+        try:
+            return await run_to_the_end(config, cluster, show, restarts)
+        except (ActorDiedError, DeadlineError) as error:
+            if len(restarts) == config.checkpoint.max_restarts:
+                raise
+            restarts.append(str(error))
+        finally:
+            await cluster.close()
+        forget_unsaved(config.run_dir)
+
+
+async def run_to_the_end(
+    config: RunConfig, cluster: Cluster, show: Show, restarts: Sequence[str] = ()
+) -> dict[str, object]:
+    """Every stage of a run, its summary and its report; returns the summary. ``restarts``: why there were any."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_yaml(config))
     stages = Stages(config, cluster, show)
@@ -66,17 +88,18 @@ async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dic
     saved = cluster.saved
     last_step = saved.state.step if saved else -1
     with ShownRunLog(config.run_dir, config.policy.num_updates, show, last_step=last_step) as log:
-        if saved:
-            log.event("resumed", step=last_step, checkpoint=saved.folder.name, refused=saved.refused)
+        if saved or restarts:
+            checkpoint = {"checkpoint": saved.folder.name, "refused": saved.refused} if saved else {}
+            log.event("resumed", step=max(last_step, 0), restarts=restarts, **checkpoint)
         kind = OfflineCoordinator if config.policy.is_offline else Coordinator
-        await kind(config, pools, training_data(config, stages, saved), log, time.monotonic).run()
+        await kind(config, pools, training_data(config, stages, saved, len(restarts) + 1), log, time.monotonic).run()
     summary = summarise(config.run_dir)
     show(ProgressState(stage="report"))
     write_report(config.run_dir)
     return summary
 
 
-def training_data(config: RunConfig, stages: Stages, saved: Checkpoint | None) -> TrainingData:
+def training_data(config: RunConfig, stages: Stages, saved: Checkpoint | None, incarnation: int) -> TrainingData:
     """What the stages left, as the coordinator takes it."""
     folder = stages.paths.root / "pairs"
     pairs, held_out = read_pairs(folder / "train.jsonl"), read_pairs(folder / "heldout.jsonl")
@@ -88,4 +111,5 @@ def training_data(config: RunConfig, stages: Stages, saved: Checkpoint | None) -
         pairs=PairData(len(pairs), stages.behaviour_logprobs(), np.array(num_tokens, dtype=np.int64)),
         probe=tuple(probe[: config.probe.num_sequences]),
         saved=saved.state if saved else None,
+        incarnation=incarnation,
     )

@@ -14,8 +14,6 @@ from ocrm_ray.rollout_scoring import RolloutScorer
 
 ROLLOUT = "rollout-"
 """Before the number of a rollout: its request's name. The same number is the same prompt with the same seeds."""
-INCARNATION = 1
-"""A run that goes back to a checkpoint counts up; what carries another number is dropped."""
 
 
 @dataclass(slots=True)
@@ -38,8 +36,9 @@ class RolloutPump:
     generation: GenerationPool
     scorer: RolloutScorer
     prompts: ShuffledEpochs
-    saved: RunState | None = None
+    saved: RunState | None
     """Where a resumed run goes on."""
+    incarnation: int
 
     def __post_init__(self) -> None:
         settings, saved = self.config.rollout, self.saved
@@ -116,7 +115,7 @@ class RolloutPump:
     async def _generate(self, slot_id: str, request: GenerationRequest) -> None:
         samples = await self.generation.generate(request)
         del self._attempts[slot_id]
-        self._finished.put_nowait((slot_id, Rollout(request.prompt, samples, INCARNATION)))
+        self._finished.put_nowait((slot_id, Rollout(request.prompt, samples, self.incarnation)))
 
     def _reissue(self, slot_id: str) -> bool:
         """Abort a late request and issue its prompt again; False if its samples are there already."""
