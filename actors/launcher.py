@@ -2,8 +2,13 @@
 
 import asyncio
 import json
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec
@@ -37,7 +42,7 @@ def run(config: RunConfig, resume: bool) -> str:
     if resume:
         forget_unsaved(config.run_dir)
     with ray_session(config.name) as shared_memory, ProgressDisplay() as display:
-        summary = asyncio.run(_run(config, shared_memory, display, arm=None))
+        summary = _run_to_the_end(config, shared_memory, display, arm=None)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float))
     return f"{figures}\nreport: {report}"
 
@@ -55,14 +60,30 @@ def run_study(study: StudyConfig, num_jobs: int = 1) -> str:
         with ray_session(study.name) as shared_memory, ProgressDisplay() as display:
             for arm, seed, config in runs:
                 forget_unsaved(config.run_dir)
-                asyncio.run(_run(config, shared_memory, display, arm=f"{arm} seed {seed}"))
+                _run_to_the_end(config, shared_memory, display, arm=f"{arm} seed {seed}")
                 write_study(folder, study)
     page = write_study(folder, study)
     table = study_table(json.loads((folder / "study.json").read_text(encoding="utf-8")))
     return f"{table}\nreport: {page}"
 
 
-async def _run(config: RunConfig, shared_memory: Path, display: ProgressDisplay, arm: str | None) -> dict[str, object]:
+def _run_to_the_end(
+    config: RunConfig, shared_memory: Path, display: ProgressDisplay, arm: str | None
+) -> dict[str, object]:
+    """The run's summary. Ctrl-C or SIGTERM ends it behind a step and its checkpoint, a second one now; both as
+    KeyboardInterrupt."""
+    try:
+        summary = asyncio.run(_run(config, shared_memory, display, arm))
+    except asyncio.CancelledError as error:
+        raise KeyboardInterrupt from error
+    if summary is None:
+        raise KeyboardInterrupt
+    return summary
+
+
+async def _run(
+    config: RunConfig, shared_memory: Path, display: ProgressDisplay, arm: str | None
+) -> dict[str, object] | None:
     """Run the coordinator's actor to its end and return its summary; its own error is raised here."""
     spec = ActorSpec(
         "coordinator",
@@ -73,10 +94,33 @@ async def _run(config: RunConfig, shared_memory: Path, display: ProgressDisplay,
         secrets=config.secrets,
     )
     coordinator = await CoordinatorPool.start([spec], [{"CPU": COORDINATOR_CPUS}], config.deadlines)
+    actor, deadline_s = coordinator.actors[0], config.deadlines.request_s
     try:
-        summary: dict[str, object] = await coordinator.actors[0].watch(
-            "run", lambda state: display.update(replace(state, arm=arm)), config.deadlines.request_s
-        )
+        with _finished_at_the_first_signal(lambda: actor.call("finish", deadline_s=deadline_s)):
+            summary: dict[str, object] | None = await actor.watch(
+                "run", lambda state: display.update(replace(state, arm=arm)), deadline_s
+            )
         return summary
     finally:
         await coordinator.close()
+
+
+@contextmanager
+def _finished_at_the_first_signal(finish: Callable[[], Coroutine[Any, Any, None]]) -> Iterator[None]:
+    """Ctrl-C, which SIGTERM is too, calls ``finish``; a second one cancels the task inside."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    asked: list[asyncio.Task[None]] = []
+
+    def on_signal() -> None:
+        if asked:
+            task.cancel()
+        else:
+            asked.append(loop.create_task(finish()))
+            sys.stderr.write("\nfinishing this update, then a checkpoint; again to end now\n")
+
+    loop.add_signal_handler(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)

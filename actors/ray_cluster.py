@@ -23,7 +23,7 @@ from ocrm_ray.pools import Pools, Show
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.prompts import read_prompts
 from ocrm_ray.records import FloatArray, GenerationRequest, RefitReport, Sample
-from ocrm_ray.reinforcement import run_with_restarts
+from ocrm_ray.reinforcement import RL, run_with_restarts
 from ocrm_ray.stages import stage_paths
 
 NUM_LOGPROB_PARTS = 40
@@ -203,20 +203,30 @@ class RunActor:
         self._config = config
         self._shared_memory = shared_memory
         self._state = ProgressState(stage="start")
-        self._running: asyncio.Task[dict[str, object]] | None = None
-        self._ended = asyncio.Event()
+        self._running: asyncio.Task[dict[str, object] | None] | None = None
+        self._stopping, self._ended = asyncio.Event(), asyncio.Event()
 
     async def start(self) -> None:
         """Nothing to load."""
 
-    async def run(self) -> dict[str, object]:
-        """The whole run; returns its summary. Whatever happens, the pools are ended."""
+    async def run(self) -> dict[str, object] | None:
+        """The whole run; returns its summary, None if it was to ``finish``. Whatever happens, the pools are ended."""
         start = functools.partial(RayCluster, self._config, self._shared_memory)
-        self._running = asyncio.create_task(run_with_restarts(self._config, start, self._show))
+        self._running = asyncio.create_task(run_with_restarts(self._config, start, self._show, self._stopping))
         try:
             return await self._running
+        except asyncio.CancelledError:
+            if not self._stopping.is_set():
+                raise
+            return None
         finally:
             self._ended.set()
+
+    async def finish(self) -> None:
+        """End RL behind the update that goes on, with a checkpoint; what is not RL ends now."""
+        self._stopping.set()
+        if self._state.stage != RL and self._running is not None:
+            self._running.cancel()
 
     async def stop(self) -> None:
         """End a run that goes on: engines that are only killed leave shared memory behind."""

@@ -73,16 +73,23 @@ class Coordinator:
         self.heldout = HeldoutPolicy(config, self.pools, data.heldout, log, self.publisher.release)
         self.correction: asyncio.Task[Candidate] | None = None
         self.checkpointing: asyncio.Task[None] | None = None
+        self.stopping = asyncio.Event()
 
-    async def run(self) -> None:
-        """All updates. Raises the first failing task's own error."""
+    async def run(self, stopping: asyncio.Event | None = None) -> bool:
+        """All updates, or those until ``stopping`` is set and a checkpoint behind them; whether it was all.
+
+        Raises the first failing task's own error.
+        """
+        self.stopping = stopping or self.stopping
         try:
             async with asyncio.TaskGroup() as tasks:
                 pumps = self._pumps(tasks)
                 await self._optimise(tasks)
+                is_all = await self._finish()
                 self._abandon(pumps)
         except BaseExceptionGroup as group:
             raise first_cause(group) from group
+        return is_all
 
     def _pumps(self, tasks: asyncio.TaskGroup) -> "list[asyncio.Task[None]]":
         # two scoring pumps: the next message is with the actors before they have answered this one
@@ -103,8 +110,8 @@ class Coordinator:
             await self._correct(tasks, step)
             self._evaluate(tasks, step)
             self._record(batch, update)
-            await self._checkpoint(tasks, step)
-        await self._finish()
+            if await self._checkpoint(tasks, step):
+                return
 
     async def _begin(self, tasks: asyncio.TaskGroup) -> int:
         """The first step: 1, or the one behind the checkpoint, with what was in flight there started again."""
@@ -126,11 +133,14 @@ class Coordinator:
                 self.corrector.near()
         return saved.step + 1
 
-    async def _finish(self) -> None:
-        await self.pools.policy.save("policy")
+    async def _finish(self) -> bool:
+        is_all = not self.stopping.is_set() or self.log.last_step == self.config.policy.num_updates
+        if is_all:
+            await self.pools.policy.save("policy")
         await self.heldout.finish()
         if self.checkpointing is not None:
             await asyncio.wait([self.checkpointing])
+        return is_all
 
     async def _publish(self, tasks: asyncio.TaskGroup, version: int) -> None:
         """Copy pi_v+1 out; engines take it beside the next update, once they have the version before."""
@@ -196,10 +206,14 @@ class Coordinator:
         )
         self.log.step(step_record(self.log.elapsed_s(), self.scorer.live, batch, update, fields))
 
-    async def _checkpoint(self, tasks: asyncio.TaskGroup, step: int) -> None:
-        """Copy out what a checkpoint of pi_step holds, if one is due; it is written beside the next updates."""
-        if step % self.config.checkpoint.every or step == self.config.policy.num_updates:
-            return
+    async def _checkpoint(self, tasks: asyncio.TaskGroup, step: int) -> bool:
+        """Copy out what a checkpoint of pi_step holds, if one is due; it is written beside the next updates.
+
+        Returns whether there are none, since the run is to stop here.
+        """
+        is_last = self.stopping.is_set()
+        if step == self.config.policy.num_updates or (step % self.config.checkpoint.every and not is_last):
+            return False
         if self.checkpointing is not None:
             await asyncio.wait([self.checkpointing])
         version = self.correction_clock.snapshot
@@ -207,6 +221,7 @@ class Coordinator:
         await asyncio.gather(self.pools.policy.capture(), self.pools.scoring.capture())
         writing = self._write(self._state(step), snapshot, self.heldout.measuring)
         self.checkpointing = tasks.create_task(writing)
+        return is_last
 
     def _state(self, step: int) -> RunState:
         live = self.scorer.live

@@ -90,7 +90,7 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._metrics, self._events, self._samples = map(JsonlWriter, (metrics, events, samples))
         self._waiting: deque[StepRecord] = deque()
         self._evaluations: dict[int, EvaluationReport | None] = {}
-        self._last_step = last_step
+        self.last_step = last_step
         self._board: SummaryWriter | None = None
 
     def __exit__(self, *_: object) -> None:
@@ -102,8 +102,8 @@ class RunLog(AbstractContextManager["RunLog"]):
 
     def step(self, record: StepRecord) -> None:
         """Write the step's line, or keep it until its evaluation and those before it are there."""
-        assert record.step > self._last_step, f"step {record.step} after step {self._last_step}"
-        self._last_step = record.step
+        assert record.step > self.last_step, f"step {record.step} after step {self.last_step}"
+        self.last_step = record.step
         self._waiting.append(record)
         self._write_ready()
 
@@ -112,7 +112,7 @@ class RunLog(AbstractContextManager["RunLog"]):
 
         Step 0, before the first update, has no record of its own: holding it opens its line.
         """
-        assert step > self._last_step, f"step {step} was already recorded"
+        assert step > self.last_step, f"step {step} was already recorded"
         self._evaluations[step] = None
         if step == 0:
             time_s = round(self.elapsed_s(), 6)

@@ -29,8 +29,8 @@ class OfflineCoordinator(Coordinator):
                 await self._publish(tasks, update.version)
             self._evaluate(tasks, step)
             self._record_update(update)
-            await self._checkpoint(tasks, step)
-        await self._finish()
+            if await self._checkpoint(tasks, step):
+                return
 
     def _pumps(self, tasks: asyncio.TaskGroup) -> "list[asyncio.Task[None]]":
         return []

@@ -1,5 +1,6 @@
 """The RL stage and what follows it: corrections, evaluation, summary, report."""
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,6 +26,9 @@ from ocrm_ray.report import write_report
 from ocrm_ray.stage_lock import held
 from ocrm_ray.stages import Stages
 
+RL = "rl"
+"""The stage in which a run can be stopped without loss."""
+
 
 class ShownRunLog(RunLog):
     """A run log that also shows each step and the figures known so far."""
@@ -38,7 +42,7 @@ class ShownRunLog(RunLog):
         last_step: int = -1,
     ) -> None:
         super().__init__(run_dir, clock, last_step)
-        self._state = ProgressState(stage="rl", total=num_updates, unit="updates")
+        self._state = ProgressState(stage=RL, total=num_updates, unit="updates")
         self._show = show
 
     def step(self, record: StepRecord) -> None:
@@ -56,15 +60,15 @@ class ShownRunLog(RunLog):
 
 
 async def run_with_restarts(
-    config: RunConfig, start: Callable[[Checkpoint | None], Cluster], show: Show
-) -> dict[str, object]:
+    config: RunConfig, start: Callable[[Checkpoint | None], Cluster], show: Show, stopping: asyncio.Event
+) -> dict[str, object] | None:
     """``run_to_the_end`` over a cluster from ``start``; after the death of a process over another one, from the newest
     checkpoint, at most ``checkpoint.max_restarts`` times. Whatever happens, the cluster is closed."""
     restarts: list[str] = []
     while True:
         cluster = start(newest(config.run_dir))
         try:
-            return await run_to_the_end(config, cluster, show, restarts)
+            return await run_to_the_end(config, cluster, show, stopping, restarts)
         except (ActorDiedError, DeadlineError) as error:
             if len(restarts) == config.checkpoint.max_restarts:
                 raise
@@ -75,9 +79,12 @@ async def run_with_restarts(
 
 
 async def run_to_the_end(
-    config: RunConfig, cluster: Cluster, show: Show, restarts: Sequence[str] = ()
-) -> dict[str, object]:
-    """Every stage of a run, its summary and its report; returns the summary. ``restarts``: why there were any."""
+    config: RunConfig, cluster: Cluster, show: Show, stopping: asyncio.Event, restarts: Sequence[str] = ()
+) -> dict[str, object] | None:
+    """Every stage of a run, its summary and its report; returns the summary. ``restarts``: why there were any.
+
+    Where ``stopping`` is set during RL, it ends behind the update that goes on, with a checkpoint; None then.
+    """
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_yaml(config))
     stages = Stages(config, cluster, show)
@@ -92,7 +99,9 @@ async def run_to_the_end(
             checkpoint = {"checkpoint": saved.folder.name, "refused": saved.refused} if saved else {}
             log.event("resumed", step=max(last_step, 0), restarts=restarts, **checkpoint)
         kind = OfflineCoordinator if config.policy.is_offline else Coordinator
-        await kind(config, pools, training_data(config, stages, saved, len(restarts) + 1), log, time.monotonic).run()
+        data = training_data(config, stages, saved, len(restarts) + 1)
+        if not await kind(config, pools, data, log, time.monotonic).run(stopping):
+            return None
     summary = summarise(config.run_dir)
     show(ProgressState(stage="report"))
     write_report(config.run_dir)

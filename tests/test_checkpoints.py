@@ -213,3 +213,39 @@ def test_a_checkpoint_waits_for_the_evaluation_of_its_step(tmp_path: Path) -> No
     fakes.evaluator.evaluate = stuck  # type: ignore[method-assign, assignment]
     assert cut_off(config, fakes, 200.0)
     assert newest(config.run_dir) is None
+
+
+def stopped(config: RunConfig, fakes: FakePools, seconds: float) -> float:
+    """Ask the run to stop after so many virtual seconds; when it had ended."""
+
+    async def run() -> float:
+        stopping = asyncio.Event()
+        asyncio.get_running_loop().call_later(seconds, stopping.set)
+        return await coordinate(config, fakes, config.run_dir, num_prompts=NUM_PROMPTS, stopping=stopping)
+
+    return float(run_virtual(run()))
+
+
+def test_a_run_that_is_to_stop_ends_behind_its_update_with_a_checkpoint_of_it(tmp_path: Path) -> None:
+    config = tiny_run(**{"checkpoint.every": 100, "output_dir": str(tmp_path)})
+    fakes = FakePools()
+    ended_s = stopped(config, fakes, 9.0)
+    saved = newest(config.run_dir)
+    assert saved is not None
+    assert saved.state.step == fakes.policy.version < 12
+    last_update_s = fakes.policy.updates[-1][0]
+    assert fakes.policy.updates[-2][0] < 9.0 <= last_update_s <= ended_s
+    assert fakes.policy.saved == []
+    again = FakePools.of(saved)
+    assert not cut_off(config, again, 10_000.0, saved)
+    assert again.policy.version == 12
+
+
+def test_a_run_that_is_to_stop_when_it_ends_anyway_is_complete(tmp_path: Path) -> None:
+    config = tiny_run(**{"output_dir": str(tmp_path)})
+    whole = FakePools()
+    ended_s = stopped(config, whole, 10_000.0)
+    late = FakePools()
+    stopped(config.model_copy(update={"name": "late"}), late, ended_s - 0.01)
+    assert late.policy.version == whole.policy.version == 12
+    assert "policy" in [name for name, _ in late.policy.saved]

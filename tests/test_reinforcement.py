@@ -37,7 +37,7 @@ def restart(
         return clusters[-1]
 
     async def attempt(*_: object) -> dict[str, object]:
-        told.append(list(_[3]))  # type: ignore[call-overload]
+        told.append(list(_[4]))  # type: ignore[call-overload]
         number = len(clusters)
         if number > len(errors):
             return {"steps": 12}
@@ -50,7 +50,7 @@ def restart(
 
     monkeypatch.setattr(reinforcement, "run_to_the_end", attempt)
     try:
-        asyncio.run(reinforcement.run_with_restarts(config, start, lambda state: None))  # type: ignore[arg-type]
+        asyncio.run(reinforcement.run_with_restarts(config, start, lambda state: None, asyncio.Event()))  # type: ignore[arg-type]
     finally:
         assert all(cluster.is_closed for cluster in clusters)
     return clusters, told

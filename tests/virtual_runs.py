@@ -21,7 +21,12 @@ NUM_PAIRS = 10
 
 
 async def coordinate(
-    config: RunConfig, fakes: FakePools, run_dir: Path, saved: Checkpoint | None = None, num_prompts: int = 50
+    config: RunConfig,
+    fakes: FakePools,
+    run_dir: Path,
+    saved: Checkpoint | None = None,
+    num_prompts: int = 50,
+    stopping: asyncio.Event | None = None,
 ) -> float:
     """Run to the end; returns the virtual seconds it took."""
     fakes.reward.run_dir = config.run_dir
@@ -35,7 +40,7 @@ async def coordinate(
     )
     with RunLog(run_dir, clock, saved.state.step if saved else -1) as log:
         kind = OfflineCoordinator if config.policy.is_offline else Coordinator
-        await kind(config, fakes.pools(), data, log, clock).run()
+        await kind(config, fakes.pools(), data, log, clock).run(stopping)
     return clock()
 
 

@@ -21,7 +21,8 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The runs that begin, in the current directory; each leaves a finished run's files, the third fails."""
     names: list[str] = []
 
-    async def run(config: RunConfig, *_: object, arm: str) -> None:
+    async def run(config: RunConfig, *arguments: object) -> dict[str, object]:
+        arm = str(arguments[-1])
         assert config.run_dir.is_absolute()
         names.append(arm)
         assert list(config.run_dir.glob("*")) == [], "an interrupted run starts over"
@@ -32,6 +33,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if config.run_dir.exists():
             config.run_dir.rmdir()
         write_run(config.run_dir, Shape(num_updates=20))
+        return {}
 
     @contextmanager
     def session(name: str) -> Iterator[Path]:
