@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,8 +32,6 @@ def run(config: RunConfig, resume: bool) -> str:
     report = config.run_dir / "report.html"
     if resume and (config.run_dir / "summary.json").exists():
         return f"this run is done\nreport: {report}"
-    if resume:
-        forget_training(config.run_dir)
     with ray_session(config.name) as shared_memory, ProgressDisplay() as display:
         summary = asyncio.run(_run(config, shared_memory, display, arm=None))
     figures = ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float))
@@ -53,20 +50,11 @@ def run_study(study: StudyConfig, num_jobs: int = 1) -> str:
     elif runs:
         with ray_session(study.name) as shared_memory, ProgressDisplay() as display:
             for arm, seed, config in runs:
-                forget_training(config.run_dir)
                 asyncio.run(_run(config, shared_memory, display, arm=f"{arm} seed {seed}"))
                 write_study(folder, study)
     page = write_study(folder, study)
     table = study_table(json.loads((folder / "study.json").read_text(encoding="utf-8")))
     return f"{table}\nreport: {page}"
-
-
-def forget_training(run_dir: Path) -> None:
-    """Remove what an unfinished RL wrote: it starts over, and its lines must not mix with the new ones."""
-    for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl", "summary.json"):
-        (run_dir / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "checkpoints", "policy", "policy-best", "reward", "plots"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 async def _run(config: RunConfig, shared_memory: Path, display: ProgressDisplay, arm: str | None) -> dict[str, object]:

@@ -14,6 +14,7 @@ from ocrm_ray.cluster_config import (
     Dtype,
     Duration,
     GenerationPool,
+    Lease,
     NonNegativeFloat,
     NonNegativeInt,
     Pool,
@@ -37,7 +38,8 @@ from ocrm_ray.reward_config import (
     Weights,
 )
 
-__all__ = ["Deadlines", "Dtype", "Duration", "GenerationPool", "Pool", "Pools", "Publish", "Rehearsal", "Section"]
+__all__ = ["Deadlines", "Dtype", "Duration", "GenerationPool", "Lease", "Pool", "Pools", "Publish", "Rehearsal"]
+__all__ += ["Section"]
 __all__ += ["Correction", "MetaStep", "RepresentationLoss", "Reward", "RewardTraining", "SyntheticPairs", "Weights"]
 __all__ += ["ClassifierGold", "FunctionGold", "Gold", "JudgeGold", "SimilarityGold"]
 
@@ -272,6 +274,7 @@ class RunConfig(Section):
     pools: Pools = Pools()
     publish: Publish = Publish()
     deadlines: Deadlines = Deadlines()
+    lease: Lease = Lease()
     rehearsal: Rehearsal | None = None
     """Only for ``rehearse`` and ``check``; null: from an earlier run of the folder, else from arithmetic."""
 

@@ -1,5 +1,6 @@
 """The RL stage and what follows it: corrections, evaluation, summary, report."""
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from ocrm_ray.preferences import read_pairs
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.records import EvaluationReport
 from ocrm_ray.report import write_report
+from ocrm_ray.run_lease import run_lease
 from ocrm_ray.stage_lock import held
 from ocrm_ray.stages import Stages, shuffled_epochs
 
@@ -48,21 +50,34 @@ class ShownRunLog(RunLog):
 
 
 async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dict[str, object]:
-    """Every stage of a run, its summary and its report; returns the summary."""
+    """Every stage of a run, its summary and its report; returns the summary.
+
+    UserError, before anything is written, where another run is alive in the folder.
+    """
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(dump_yaml(config))
-    stages = Stages(config, cluster, show)
-    async with held(config.stage_root):
-        await stages.run()
-    show(ProgressState(stage="start"))
-    pools = await cluster.pools()
-    with ShownRunLog(config.run_dir, config.policy.num_updates, show) as log:
-        kind = OfflineCoordinator if config.policy.is_offline else Coordinator
-        await kind(config, pools, training_data(config, stages), log, time.monotonic).run()
-    summary = summarise(config.run_dir)
-    show(ProgressState(stage="report"))
-    write_report(config.run_dir)
-    return summary
+    async with run_lease(config.run_dir, config.lease):
+        forget_training(config.run_dir)
+        (config.run_dir / "config.yaml").write_text(dump_yaml(config))
+        stages = Stages(config, cluster, show)
+        async with held(config.stage_root):
+            await stages.run()
+        show(ProgressState(stage="start"))
+        pools = await cluster.pools()
+        with ShownRunLog(config.run_dir, config.policy.num_updates, show) as log:
+            kind = OfflineCoordinator if config.policy.is_offline else Coordinator
+            await kind(config, pools, training_data(config, stages), log, time.monotonic).run()
+        summary = summarise(config.run_dir)
+        show(ProgressState(stage="report"))
+        write_report(config.run_dir)
+        return summary
+
+
+def forget_training(run_dir: Path) -> None:
+    """Remove what an unfinished RL wrote: it starts over, and its lines must not mix with the new ones."""
+    for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl", "summary.json"):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ("tensorboard", "checkpoints", "policy", "policy-best", "reward", "plots"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def training_data(config: RunConfig, stages: Stages) -> TrainingData:
