@@ -57,7 +57,7 @@ class Coordinator:
         self.publishing: asyncio.Task[None] | None = None
         self.publisher = WeightPublisher(self.pools.generation, self.pools.policy, config.probe, log.event)
         self.heldout = HeldoutPolicy(config, self.pools, data.heldout, log, self.publisher.release)
-        self.correction: asyncio.Task[Candidate] | None = None
+        self.correction: asyncio.Task[Candidate | None] | None = None
 
     async def run(self) -> None:
         """All updates. Raises the first failing task's own error."""
@@ -120,7 +120,7 @@ class Coordinator:
             candidate = self.correction.result()
             lag_steps = self.correction_clock.finish(step)
             await self.corrector.commit(candidate, step, lag_steps)
-            await self.publisher.release(candidate.snapshot_version)
+            await self.publisher.release(step - lag_steps)
             self.correction = None
         elif self.correction_clock.may_promote(step + 1):
             self.corrector.near()

@@ -9,13 +9,18 @@ import numpy as np
 
 from ocrm_ray.algorithm.importance import weight_statistics
 from ocrm_ray.config import RunConfig
-from ocrm_ray.on_policy import OnPolicyResponses
+from ocrm_ray.errors import UserError
+from ocrm_ray.on_policy import Material, OnPolicyResponses
 from ocrm_ray.pools import Pools
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, RefitRequest
 from ocrm_ray.rollout_buffer import RolloutBuffer
 from ocrm_ray.rollout_scoring import RolloutScorer, ScoreVersions
 from ocrm_ray.sample_statistics import spearman
 from ocrm_ray.strategies import make_strategy
+
+NUM_ATTEMPTS = 2
+LASTING = (UserError, AssertionError, AttributeError, LookupError, NameError, TypeError)
+"""Mistakes of the user's or in the code: they would be made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +69,29 @@ class Corrector:
         """The next boundary of updates may promote: the candidate may score the queue."""
         self._is_near.set()
 
-    async def prepare(self, snapshot: PolicyWeights) -> Candidate:
-        """Refit for the policy ``snapshot`` and stage the result in every pool; nothing live changes."""
-        self.emit("correction_started", snapshot_version=snapshot.version, strategy=self.settings.strategy)
-        try:
-            return await self._prepare(snapshot)
-        except Exception as error:
-            self.emit("correction_failed", snapshot_version=snapshot.version, error=f"{type(error).__name__}: {error}")
-            raise
+    async def prepare(self, snapshot: PolicyWeights) -> Candidate | None:
+        """Refit for the policy ``snapshot`` and stage the result in every pool; nothing live changes.
 
-    async def _prepare(self, snapshot: PolicyWeights) -> Candidate:
+        What fails is tried once more; None where that fails too and the old reward model is kept.
+        """
+        material = None
+        for attempt in range(1, NUM_ATTEMPTS + 1):
+            told = {"snapshot_version": snapshot.version, "attempt": attempt}
+            self.emit("correction_started", **told, strategy=self.settings.strategy)
+            try:
+                material = material or await self.on_policy.material(snapshot.version)
+                return await self._prepare(snapshot, material, f"snapshot-{snapshot.version}-{attempt}")
+            except Exception as error:
+                action = self.settings.on_failure if attempt == NUM_ATTEMPTS else "retry"
+                action = "stop" if isinstance(error, LASTING) else action
+                self.emit("correction_failed", **told, error=f"{type(error).__name__}: {error}", action=action)
+                if action == "stop":
+                    raise
+            await self.scorer.discard()
+        return None
+
+    async def _prepare(self, snapshot: PolicyWeights, material: Material, promotion_id: str) -> Candidate:
         started, num_finished = time.monotonic(), self.buffer.num_finished
-        promotion_id = f"snapshot-{snapshot.version}"
-        material = await self.on_policy.material(snapshot.version)
         indices = self._draw_pairs(snapshot.version)
         weights, ess_fraction = await self._weights(snapshot, indices)
         request = RefitRequest(self.scorer.live.reward_version + 1, indices, weights, self.config.seed, *material)
@@ -85,8 +100,11 @@ class Corrector:
         seconds = time.monotonic() - started
         return Candidate(promotion_id, snapshot.version, num_finished, versions, seconds, ess_fraction)
 
-    async def commit(self, candidate: Candidate, step: int, lag_steps: int) -> None:
-        """Switch reward model, calibration, anchor and critic together. Call between two policy updates."""
+    async def commit(self, candidate: Candidate | None, step: int, lag_steps: int) -> None:
+        """Switch reward model, calibration, anchor and critic together, or nothing (None). Call between two updates."""
+        self._is_near.clear()
+        if candidate is None:
+            return
         promotion_id, versions = candidate.promotion_id, candidate.versions
         await asyncio.gather(
             self.pools.reward.commit(promotion_id, versions.reward_version),
@@ -94,7 +112,6 @@ class Corrector:
             self.pools.policy.commit(promotion_id, versions.reward_version, versions.anchor_version),
         )
         self.scorer.commit()
-        self._is_near.clear()
         self.emit(
             "promoted",
             promotion_id=promotion_id,

@@ -17,6 +17,7 @@ from ocrm_ray.synthetic_pairs import synthetic_pair
 
 SequencePair: TypeAlias = tuple[Sequence, Sequence]
 Groups: TypeAlias = tuple[tuple[Sequence, ...], ...]
+Material: TypeAlias = tuple[tuple[SequencePair, ...], Groups]
 
 
 @dataclass(eq=False)
@@ -37,7 +38,7 @@ class OnPolicyResponses:
         if self.strategy.rollouts is not None:
             self._latest.extend(rollouts)
 
-    async def material(self, snapshot_version: int) -> tuple[tuple[SequencePair, ...], Groups]:
+    async def material(self, snapshot_version: int) -> Material:
         """(extra pairs, groups) of a refit for the policy of ``snapshot_version``."""
         latest = list(self._latest)
         rng = np.random.default_rng([self.config.seed, snapshot_version, 2])
@@ -72,6 +73,10 @@ class OnPolicyResponses:
         different = [rollout for rollout in rollouts if rollout.sequences[0] != rollout.sequences[1]]
         pairs = [rollout.sequences[:2] for rollout in different]
         prompts = [rollout.prompt for rollout in different for _ in range(2)]
-        gold = np.array(await self.evaluator.gold_of(prompts, [sequence for pair in pairs for sequence in pair]))
+        try:
+            gold = np.array(await self.evaluator.gold_of(prompts, [sequence for pair in pairs for sequence in pair]))
+        except BaseException:  # they are still to be labelled
+            self._latest = deque([*rollouts, *self._latest], self._latest.maxlen)
+            raise
         first_wins = label_pairs(gold[::2], gold[1::2], self.config.pairs.labels, rng)
         return [(one, two) if wins else (two, one) for (one, two), wins in zip(pairs, first_wins, strict=True)]
