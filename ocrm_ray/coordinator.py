@@ -156,6 +156,7 @@ class Coordinator:
             num_deferred_corrections=self.correction_clock.num_deferred,
         )
         self.log.step(step_record(self.log.elapsed_s(), self.scorer.live, batch, update, fields))
+        self.corrector.guards.check_update(update)
 
     async def _checkpoint(self, step: int) -> None:
         if step % self.config.checkpoint.every == 0 and step < self.config.policy.num_updates:

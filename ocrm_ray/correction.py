@@ -10,6 +10,7 @@ import numpy as np
 from ocrm_ray.algorithm.importance import weight_statistics
 from ocrm_ray.config import RunConfig
 from ocrm_ray.errors import UserError
+from ocrm_ray.guards import RejectedError, RunGuards
 from ocrm_ray.on_policy import Material, OnPolicyResponses
 from ocrm_ray.pools import Pools
 from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, RefitRequest
@@ -26,11 +27,13 @@ LASTING = (UserError, AssertionError, AttributeError, LookupError, NameError, Ty
 @dataclass(frozen=True, slots=True)
 class PairData:
     """The N training pairs. ``behaviour_logprobs`` [N, 2]: summed log-probs under who wrote them; None where the
-    strategy needs no ratios. ``response_tokens`` [N]: of both responses together."""
+    strategy needs no ratios. ``response_tokens`` [N]: of both responses together. ``first_accuracy``: the first reward
+    model's on held-out pairs; None: not known."""
 
     num_training: int
     behaviour_logprobs: FloatArray | None
     response_tokens: IntArray
+    first_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Corrector:
         self.settings = self.config.correction
         self.strategy = make_strategy(self.settings)
         self.on_policy = OnPolicyResponses(self.config, self.pools.evaluator, self.strategy, self.emit)
+        self.guards = RunGuards(self.config.guards, self.emit)
         self._is_near = asyncio.Event()
 
     def near(self) -> None:
@@ -84,10 +88,13 @@ class Corrector:
             except Exception as error:
                 action = self.settings.on_failure if attempt == NUM_ATTEMPTS else "retry"
                 action = "stop" if isinstance(error, LASTING) else action
+                action = "keep_old" if isinstance(error, RejectedError) else action
                 self.emit("correction_failed", **told, error=f"{type(error).__name__}: {error}", action=action)
                 if action == "stop":
                     raise
             await self.scorer.discard()
+            if action == "keep_old":
+                break
         return None
 
     async def _prepare(self, snapshot: PolicyWeights, material: Material, promotion_id: str) -> Candidate:
@@ -147,6 +154,7 @@ class Corrector:
         correlation = spearman(log_weights.numpy(), self.pairs.response_tokens[indices])
         told = {"snapshot_version": snapshot.version, "num_pairs": len(indices), "length_correlation": correlation}
         self.emit("ratios_scored", **told, **statistics)
+        self.guards.check_weights(snapshot.version, statistics["ess_fraction"])
         return log_weights.exp().float().numpy(), statistics["ess_fraction"]
 
     async def _refit(self, request: RefitRequest, snapshot_version: int) -> RefitReport:
@@ -160,6 +168,7 @@ class Corrector:
             refit_s=refit.seconds,
             **refit.figures,
         )
+        self.guards.check_refit(snapshot_version, refit, self.pairs.first_accuracy)
         return refit
 
     async def _stage(self, promotion_id: str, snapshot: PolicyWeights, refit: RefitReport | None) -> ScoreVersions:

@@ -124,7 +124,7 @@ class UpdateReport:
     """One policy update. ``logprob_gap``: mean absolute difference, trainer (before the update) against sampler.
 
     ``truncated_share``: of the loss tokens, those whose importance weight was cut at its cap. None: of rollouts, and
-    the update had none.
+    the update had none. ``num_skipped_steps``: optimiser steps not taken, since their gradients were not finite.
     """
 
     version: int
@@ -138,6 +138,7 @@ class UpdateReport:
     seconds: float
     value_loss: float | None = None
     truncated_share: float | None = None
+    num_skipped_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

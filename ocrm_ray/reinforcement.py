@@ -89,6 +89,8 @@ def training_data(config: RunConfig, stages: Stages) -> TrainingData:
     return TrainingData(
         prompts=shuffled_epochs(stages.training_prompts(), config.seed),
         heldout=tuple(stages.heldout_prompts()),
-        pairs=PairData(len(pairs), stages.behaviour_logprobs(), np.array(num_tokens, dtype=np.int64)),
+        pairs=PairData(
+            len(pairs), stages.behaviour_logprobs(), np.array(num_tokens, dtype=np.int64), stages.first_accuracy()
+        ),
         probe=tuple(probe[: config.probe.num_sequences]),
     )

@@ -233,6 +233,13 @@ class Stages:
             return None
         return load_file(self.paths.root / "logprobs" / "behaviour.safetensors")["logprobs"]
 
+    def first_accuracy(self) -> float | None:
+        """Of the first reward model on held-out pairs; None for a ready one."""
+        accuracy: float | None = None
+        if self.config.reward.ready is None:
+            accuracy = self.folder(Path(self.paths.reward).name).facts.get("heldout_accuracy")
+        return accuracy
+
 
 def shuffled_epochs(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
     """Every prompt once an epoch, in a new order each, for ever."""

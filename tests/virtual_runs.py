@@ -22,10 +22,11 @@ NUM_PAIRS = 10
 async def coordinate(config: RunConfig, fakes: FakePools, run_dir: Path) -> float:
     """Run to the end; returns the virtual seconds it took."""
     clock = asyncio.get_running_loop().time
+    logprobs = np.arange(2 * NUM_PAIRS, dtype=np.float32).reshape(-1, 2)
     data = TrainingData(
         prompts=itertools.cycle(prompts(50)),
         heldout=prompts(3),
-        pairs=PairData(NUM_PAIRS, np.arange(2 * NUM_PAIRS, dtype=np.float32).reshape(-1, 2), np.arange(NUM_PAIRS)),
+        pairs=PairData(NUM_PAIRS, logprobs, np.arange(NUM_PAIRS), first_accuracy=0.72),
         probe=(Sequence((1,), (2,), True),),
     )
     with RunLog(run_dir, clock) as log:
