@@ -13,7 +13,6 @@ from typing import Any
 from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec
 from actors.session import ray_session
-from ocrm_ray.checkpoints import forget_unsaved
 from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import study_runs
 from ocrm_ray.progress import ProgressDisplay
@@ -39,8 +38,6 @@ def run(config: RunConfig, resume: bool) -> str:
     report = config.run_dir / "report.html"
     if resume and (config.run_dir / "summary.json").exists():
         return f"this run is done\nreport: {report}"
-    if resume:
-        forget_unsaved(config.run_dir)
     with ray_session(config.name) as shared_memory, ProgressDisplay() as display:
         summary = _run_to_the_end(config, shared_memory, display, arm=None)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float))
@@ -59,7 +56,6 @@ def run_study(study: StudyConfig, num_jobs: int = 1) -> str:
     elif runs:
         with ray_session(study.name) as shared_memory, ProgressDisplay() as display:
             for arm, seed, config in runs:
-                forget_unsaved(config.run_dir)
                 _run_to_the_end(config, shared_memory, display, arm=f"{arm} seed {seed}")
                 write_study(folder, study)
     page = write_study(folder, study)

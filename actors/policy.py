@@ -62,7 +62,11 @@ class Critic:
             networks.reward_members(folder)[0], dtype=dtype, trust_remote_code=config.trust_remote_code
         )
         settings = EngineSettings.of(
-            policy, learning_rate=policy.critic_learning_rate, dtype=dtype, beta2=policy.adam_beta2
+            policy,
+            learning_rate=policy.critic_learning_rate,
+            dtype=dtype,
+            beta2=policy.adam_beta2,
+            max_skipped_steps=config.guards.max_skipped_steps,
         )
         self.engine = TrainingEngine(model, settings)
         self.mean, self.std = calibration(networks.table_scores(self.engine.forward, calibration_set, self._pool))
@@ -71,16 +75,15 @@ class Critic:
         """Values [N, T] on the CPU of the states behind the response tokens; anything past a response's end."""
         return self._calibrated(pad_rows(networks.table_values(self.engine.forward, table, self._pool)))
 
-    def update(self, micros: Seq[MicroBatch], factor: float) -> float:
-        """One optimiser step on a minibatch; returns its value loss."""
+    def update(self, micros: Seq[MicroBatch], factor: float) -> tuple[float, float]:
+        """One optimiser step on a minibatch; returns the gradient's norm and the value loss."""
 
         def loss_of(micro: MicroBatch) -> Tensor:
             values = networks.response_values(self.engine.forward, micro.batch)
             return learning.value_loss(self._calibrated(values), micro, self._policy)
 
         total = self.engine.accumulate(micros, loss_of, self._policy.value_coefficient)
-        self.engine.step(factor)
-        return total
+        return self.engine.step(factor), total
 
     def close(self) -> None:
         self.engine.close()
@@ -124,7 +127,11 @@ class PolicyActor:
         path = str(self.checkpoint or self.sft_path)
         model = networks.load_causal_lm(path, dtype=pool.dtype, trust_remote_code=config.trust_remote_code)
         settings = EngineSettings.of(
-            policy, learning_rate=policy.learning_rate, dtype=pool.dtype, beta2=policy.adam_beta2
+            policy,
+            learning_rate=policy.learning_rate,
+            dtype=pool.dtype,
+            beta2=policy.adam_beta2,
+            max_skipped_steps=config.guards.max_skipped_steps,
         )
         self._engine = TrainingEngine(model, settings)
         self._exporter: WeightExporter
@@ -183,7 +190,8 @@ class PolicyActor:
         norm = self._engine.step(learning.learning_rate_factor(self._version, policy, policy.num_updates))
         self._version += 1
         seconds = time.perf_counter() - started
-        return UpdateReport(self._version, loss, None, None, None, None, norm, None, seconds)
+        values = loss, None, None, None, None, norm, None, seconds
+        return UpdateReport(self._version, *values, num_skipped_steps=int(not math.isfinite(norm)))
 
     @_alone
     def export_weights(self) -> PolicyWeights:
@@ -310,9 +318,11 @@ class PolicyActor:
         self._engine.accumulate(micros, loss_of)
         period = self.config.correction.every if self.config.correction.reset_optimizer else policy.num_updates
         factor = learning.learning_rate_factor(self._num_scheduled, policy, period)
-        statistics.add(1, grad_norm=self._engine.step(factor))
+        norm = self._engine.step(factor)
+        statistics.add_step(norm, grad_norm=norm)
         if self._critic is not None:
-            statistics.add(1, value_loss=self._critic.update(micros, factor))
+            norm, loss = self._critic.update(micros, factor)
+            statistics.add_step(norm, value_loss=loss)
 
     def _make_critic(self, folder: str | Path) -> Critic:
         pairs = read_pairs(self.config.stage_root / "pairs" / "train.jsonl")

@@ -53,6 +53,8 @@ class EngineSettings:
     weight_decay: float = 0.0
     beta2: float = 0.999
     checkpointing: bool = False
+    max_skipped_steps: int = 0
+    """In a row, before RunError."""
 
     @classmethod
     def of(cls, policy: Policy, **chosen: Any) -> "EngineSettings":
@@ -240,20 +242,26 @@ class TrainingEngine:
     def step(self, factor: float) -> float:
         """Clip, update at ``factor`` times the learning rate, clear; returns the gradient norm before clipping.
 
-        RunError where the gradient is not finite: DeepSpeed would skip the step and say nothing.
+        Where the gradient is not finite nothing changes, and NaN is returned; RunError after too many in a row.
         """
-        self._num_steps += 1
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = factor * self._settings.learning_rate
         if self._settings.is_plain:
             norm = float(torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._settings.max_grad_norm))
+            if not math.isfinite(norm):  # DeepSpeed skips such a step only where it clips
+                self._module.zero_grad(set_to_none=True)
             self._engine.step()
         else:
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm())
-        if not math.isfinite(norm) or norm < 0:
+        if math.isfinite(norm) and norm >= 0:
+            self._num_steps += 1
+            self._num_skipped = 0
+            return norm
+        self._num_skipped += 1
+        if self._num_skipped > self._settings.max_skipped_steps:
             raise RunError("the gradient is not finite: lower the learning rate, or look for scores that are not")
-        return norm
+        return math.nan
 
     def reset_optimizer(self) -> None:
         """Forget the optimiser's moments, as if the engine had just been made of the present weights."""
@@ -262,6 +270,7 @@ class TrainingEngine:
             # else DeepSpeed's accessors go on reading the moments that are forgotten here
             self._engine.optimizer._hp_optimizer_states_linked = False
         self._num_steps = 0
+        self._num_skipped = 0
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[dict[str, Tensor]]:
@@ -320,7 +329,7 @@ def _deepspeed_config(module: nn.Module, settings: EngineSettings) -> dict[str, 
         "steps_per_print": NEVER,
     }
     if settings.dtype == "bfloat16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         # Without ZeRO DeepSpeed adds bfloat16 gradients up in bfloat16; stage 2 copies them twice more than stage 1.
         config["zero_optimization"]["stage"] = max(1, settings.zero_stage)

@@ -75,6 +75,15 @@ class Deadlines(Section):
     """For one refit of the reward model."""
 
 
+class Lease(Section):
+    """A run holds its folder by a heartbeat in ``lease.json``; another run may take it over from a dead one only."""
+
+    heartbeat_s: PositiveFloat = 5.0
+    """Between two heartbeats; each is a small write."""
+    num_missed: Annotated[int, Field(ge=2)] = 12
+    """Heartbeats in a row that do not come until a run that waits takes the folder over."""
+
+
 class Publish(Section):
     """How the policy's weights reach engines and scorers, beside the next update."""
 

@@ -14,6 +14,7 @@ from ocrm_ray.cluster_config import (
     Dtype,
     Duration,
     GenerationPool,
+    Lease,
     NonNegativeFloat,
     NonNegativeInt,
     Pool,
@@ -37,7 +38,8 @@ from ocrm_ray.reward_config import (
     Weights,
 )
 
-__all__ = ["Deadlines", "Dtype", "Duration", "GenerationPool", "Pool", "Pools", "Publish", "Rehearsal", "Section"]
+__all__ = ["Deadlines", "Dtype", "Duration", "GenerationPool", "Lease", "Pool", "Pools", "Publish", "Rehearsal"]
+__all__ += ["Section"]
 __all__ += ["Correction", "MetaStep", "RepresentationLoss", "Reward", "RewardTraining", "SyntheticPairs", "Weights"]
 __all__ += ["ClassifierGold", "FunctionGold", "Gold", "JudgeGold", "SimilarityGold"]
 
@@ -222,6 +224,22 @@ class Probe(Section):
     """Bound: never below this gap, in nats a token."""
 
 
+class Guards(Section):
+    """What is done about numbers that should not be; each finding is an event ``guard``."""
+
+    max_skipped_steps: NonNegativeInt = 3
+    """Optimiser steps of the policy, and of the critic, that are skipped in a row because their gradient is not finite;
+    one more ends the run. In other fits the first is an error."""
+    max_kl: PositiveFloat | None = None
+    """KL to the SFT model in nats a response, beyond which the run ends; null: no bound."""
+    min_ess_fraction: Share = 0.01
+    """Importance weights whose effective sample size is a smaller share of their pairs are reported, and used."""
+    max_accuracy_drop: Share = 0.3
+    """A refit whose accuracy on held-out pairs is lower than the first reward model's by more is not promoted. Refits
+    with weights of full exponent rightly lose up to 0.25: the pairs are not from the policy's distribution. Without
+    effect with ``reward.ready``, whose accuracy is not known."""
+
+
 class Evaluation(Section):
     """On fixed held-out prompts, sampled as in training."""
 
@@ -271,11 +289,13 @@ class RunConfig(Section):
     policy: Policy = Policy()
     correction: Correction = Correction()
     probe: Probe = Probe()
+    guards: Guards = Guards()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     pools: Pools = Pools()
     publish: Publish = Publish()
     deadlines: Deadlines = Deadlines()
+    lease: Lease = Lease()
     rehearsal: Rehearsal | None = None
     """Only for ``rehearse`` and ``check``; null: from an earlier run of the folder, else from arithmetic."""
 

@@ -71,7 +71,7 @@ class Coordinator:
         self.publishing: asyncio.Task[None] | None = None
         self.publisher = WeightPublisher(self.pools.generation, self.pools.policy, config.probe, log.event)
         self.heldout = HeldoutPolicy(config, self.pools, data.heldout, log, self.publisher.release)
-        self.correction: asyncio.Task[Candidate] | None = None
+        self.correction: asyncio.Task[Candidate | None] | None = None
         self.checkpointing: asyncio.Task[None] | None = None
         self.stopping = asyncio.Event()
 
@@ -169,7 +169,7 @@ class Coordinator:
             candidate = self.correction.result()
             lag_steps = self.correction_clock.finish(step)
             await self.corrector.commit(candidate, step, lag_steps)
-            await self.publisher.release(candidate.snapshot_version)
+            await self.publisher.release(step - lag_steps)
             self.correction = None
         elif self.correction_clock.may_promote(step + 1):
             self.corrector.near()
@@ -205,6 +205,7 @@ class Coordinator:
             num_deferred_corrections=self.correction_clock.num_deferred,
         )
         self.log.step(step_record(self.log.elapsed_s(), self.scorer.live, batch, update, fields))
+        self.corrector.guards.check_update(update)
 
     async def _checkpoint(self, tasks: asyncio.TaskGroup, step: int) -> bool:
         """Copy out what a checkpoint of pi_step holds, if one is due; it is written beside the next updates.

@@ -9,23 +9,31 @@ import numpy as np
 
 from ocrm_ray.algorithm.importance import weight_statistics
 from ocrm_ray.config import RunConfig
+from ocrm_ray.errors import ActorDiedError, UserError
+from ocrm_ray.guards import RejectedError, RunGuards
 from ocrm_ray.on_policy import OnPolicyResponses
 from ocrm_ray.pools import Pools
-from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, RefitReport, RefitRequest
+from ocrm_ray.records import FloatArray, IntArray, Material, PolicyWeights, RefitReport, RefitRequest
 from ocrm_ray.rollout_buffer import RolloutBuffer
 from ocrm_ray.rollout_scoring import RolloutScorer, ScoreVersions
 from ocrm_ray.sample_statistics import spearman
 from ocrm_ray.strategies import make_strategy
 
+NUM_ATTEMPTS = 2
+LASTING = (UserError, ActorDiedError, AssertionError, AttributeError, LookupError, NameError, TypeError)
+"""Mistakes of the user's or in the code, which would be made again, and the death of a process, which stays dead."""
+
 
 @dataclass(frozen=True, slots=True)
 class PairData:
     """The N training pairs. ``behaviour_logprobs`` [N, 2]: summed log-probs under who wrote them; None where the
-    strategy needs no ratios. ``response_tokens`` [N]: of both responses together."""
+    strategy needs no ratios. ``response_tokens`` [N]: of both responses together. ``first_accuracy``: the first reward
+    model's on held-out pairs; None: not known."""
 
     num_training: int
     behaviour_logprobs: FloatArray | None
     response_tokens: IntArray
+    first_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +66,38 @@ class Corrector:
         self.settings = self.config.correction
         self.strategy = make_strategy(self.settings)
         self.on_policy = OnPolicyResponses(self.config, self.pools.evaluator, self.strategy, self.emit)
+        self.guards = RunGuards(self.config.guards, self.emit)
         self._is_near = asyncio.Event()
 
     def near(self) -> None:
         """The next boundary of updates may promote: the candidate may score the queue."""
         self._is_near.set()
 
-    async def prepare(self, snapshot: PolicyWeights) -> Candidate:
-        """Refit for the policy ``snapshot`` and stage the result in every pool; nothing live changes."""
-        self.emit("correction_started", snapshot_version=snapshot.version, strategy=self.settings.strategy)
-        try:
-            return await self._prepare(snapshot)
-        except Exception as error:
-            self.emit("correction_failed", snapshot_version=snapshot.version, error=f"{type(error).__name__}: {error}")
-            raise
+    async def prepare(self, snapshot: PolicyWeights) -> Candidate | None:
+        """Refit for the policy ``snapshot`` and stage the result in every pool; nothing live changes.
 
-    async def _prepare(self, snapshot: PolicyWeights) -> Candidate:
+        What fails is tried once more; None where that fails too and the old reward model is kept.
+        """
+        for attempt in range(1, NUM_ATTEMPTS + 1):
+            told = {"snapshot_version": snapshot.version, "attempt": attempt}
+            self.emit("correction_started", **told, strategy=self.settings.strategy)
+            try:
+                material = await self.on_policy.material(snapshot.version)
+                return await self._prepare(snapshot, material, f"snapshot-{snapshot.version}-{attempt}")
+            except Exception as error:
+                action = self.settings.on_failure if attempt == NUM_ATTEMPTS else "retry"
+                action = "stop" if isinstance(error, LASTING) else action
+                action = "keep_old" if isinstance(error, RejectedError) else action
+                self.emit("correction_failed", **told, error=f"{type(error).__name__}: {error}", action=action)
+                if action == "stop":
+                    raise
+            await self.scorer.discard()
+            if action == "keep_old":
+                break
+        return None
+
+    async def _prepare(self, snapshot: PolicyWeights, material: Material, promotion_id: str) -> Candidate:
         started, num_finished = time.monotonic(), self.buffer.num_finished
-        promotion_id = f"snapshot-{snapshot.version}"
-        material = await self.on_policy.material(snapshot.version)
         indices = self._draw_pairs(snapshot.version)
         weights, ess_fraction = await self._weights(snapshot, indices)
         request = RefitRequest(self.scorer.live.reward_version + 1, indices, weights, self.config.seed, *material)
@@ -85,8 +106,11 @@ class Corrector:
         seconds = time.monotonic() - started
         return Candidate(promotion_id, snapshot.version, num_finished, versions, seconds, ess_fraction)
 
-    async def commit(self, candidate: Candidate, step: int, lag_steps: int) -> None:
-        """Switch reward model, calibration, anchor and critic together. Call between two policy updates."""
+    async def commit(self, candidate: Candidate | None, step: int, lag_steps: int) -> None:
+        """Switch reward model, calibration, anchor and critic together, or nothing (None). Call between two updates."""
+        self._is_near.clear()
+        if candidate is None:
+            return
         promotion_id, versions = candidate.promotion_id, candidate.versions
         await asyncio.gather(
             self.pools.reward.commit(promotion_id, versions.reward_version),
@@ -94,7 +118,6 @@ class Corrector:
             self.pools.policy.commit(promotion_id, versions.reward_version, versions.anchor_version),
         )
         self.scorer.commit()
-        self._is_near.clear()
         self.emit(
             "promoted",
             promotion_id=promotion_id,
@@ -130,6 +153,7 @@ class Corrector:
         correlation = spearman(log_weights.numpy(), self.pairs.response_tokens[indices])
         told = {"snapshot_version": snapshot.version, "num_pairs": len(indices), "length_correlation": correlation}
         self.emit("ratios_scored", **told, **statistics)
+        self.guards.check_weights(snapshot.version, statistics["ess_fraction"])
         return log_weights.exp().float().numpy(), statistics["ess_fraction"]
 
     async def _refit(self, request: RefitRequest, snapshot_version: int) -> RefitReport:
@@ -143,6 +167,7 @@ class Corrector:
             refit_s=refit.seconds,
             **refit.figures,
         )
+        self.guards.check_refit(snapshot_version, refit, self.pairs.first_accuracy)
         return refit
 
     async def _stage(self, promotion_id: str, snapshot: PolicyWeights, refit: RefitReport | None) -> ScoreVersions:

@@ -59,6 +59,7 @@ class StepRecord:
     truncated_share: float | None = None  # loss tokens whose importance weight was cut at rollout.importance_cap
     value_loss: float | None = None  # of PPO's critic
     grad_norm: float | None = None
+    num_skipped_steps: int | None = None  # optimiser steps whose gradients were not finite
     response_tokens_mean: float | None = None
     staleness_mean: float | None = None  # updates between a rollout's oldest token and its use
     rollout_wait_s: float | None = None  # training waited for rollouts, stragglers included

@@ -53,3 +53,4 @@ class OfflineCoordinator(Coordinator):
             **fields,
         )
         self.log.step(record)
+        self.corrector.guards.check_update(update)

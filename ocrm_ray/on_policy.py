@@ -10,7 +10,7 @@ import numpy as np
 from ocrm_ray.config import RunConfig
 from ocrm_ray.gold import label_pairs
 from ocrm_ray.pools import Evaluator
-from ocrm_ray.records import Groups, OnPolicyState, Responses, Rollout, SequencePair
+from ocrm_ray.records import Material, OnPolicyState, Responses, Rollout, SequencePair
 from ocrm_ray.strategies import Strategy
 from ocrm_ray.synthetic_pairs import synthetic_pair
 
@@ -45,13 +45,13 @@ class OnPolicyResponses:
                 for each in rollouts
             )
 
-    async def material(self, snapshot_version: int) -> tuple[tuple[SequencePair, ...], Groups]:
+    async def material(self, snapshot_version: int) -> Material:
         """(extra pairs, groups) of a refit for the policy of ``snapshot_version``; asked again, the same ones."""
         if self._taken is None or self._taken[0] != snapshot_version:
             self._taken = snapshot_version, *(await self._take(snapshot_version))
         return self._taken[1:]
 
-    async def _take(self, snapshot_version: int) -> tuple[tuple[SequencePair, ...], Groups]:
+    async def _take(self, snapshot_version: int) -> Material:
         latest = list(self._latest)
         rng = np.random.default_rng([self.config.seed, snapshot_version, 2])
         match self.strategy.rollouts:

@@ -4,6 +4,7 @@
 minibatch so that the shares of its micro-batches sum to the token mean of the whole, whatever their size.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -247,12 +248,20 @@ class UpdateStatistics:
     def __init__(self) -> None:
         self.sums: defaultdict[str, Any] = defaultdict(float)
         self.weights: defaultdict[str, Any] = defaultdict(float)
+        self.num_skipped_steps = 0
 
     def add(self, weight: Tensor | float, **terms: Tensor | float) -> None:
         """A term to each named sum, and ``weight`` to what it is divided by; nothing waits for a GPU here."""
         for name, term in terms.items():
             self.sums[name] += torch.as_tensor(term).detach().double()
             self.weights[name] += weight
+
+    def add_step(self, norm: float, **terms: float) -> None:
+        """Terms of an optimiser step; of one that was skipped, its ``norm`` not being finite, only that it was."""
+        if math.isfinite(norm):
+            self.add(1, **terms)
+        else:
+            self.num_skipped_steps += 1
 
     def add_gap(self, logprobs: Tensor, micro: MicroBatch, experience: Experience, version: int) -> None:
         """``logprobs`` [B, T] by the weights of ``version``; only samples that it produced alone are compared."""
@@ -270,6 +279,7 @@ class UpdateStatistics:
             kl_sft=float((sampler - experience.sft_logprobs).sum(1).mean()),
             value_loss=self._mean("value_loss") if "value_loss" in self.sums else None,
             seconds=seconds,
+            num_skipped_steps=self.num_skipped_steps,
             **{name: self._mean(name) for name in names},
         )
 

@@ -35,6 +35,8 @@ class Sequence:
 
 SequencePair: TypeAlias = tuple[Sequence, Sequence]
 Groups: TypeAlias = tuple[tuple[Sequence, ...], ...]
+Material: TypeAlias = tuple[tuple[SequencePair, ...], Groups]
+"""(extra pairs, groups) of a refit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ class UpdateReport:
     """One policy update. ``logprob_gap``: mean absolute difference, trainer (before the update) against sampler.
 
     ``truncated_share``: of the loss tokens, those whose importance weight was cut at its cap. None: of rollouts, and
-    the update had none.
+    the update had none. ``num_skipped_steps``: optimiser steps not taken, since their gradients were not finite.
     """
 
     version: int
@@ -160,6 +162,7 @@ class UpdateReport:
     seconds: float
     value_loss: float | None = None
     truncated_share: float | None = None
+    num_skipped_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from ocrm_ray.progress import ProgressState
 from ocrm_ray.prompts import ShuffledEpochs
 from ocrm_ray.records import EvaluationReport
 from ocrm_ray.report import write_report
+from ocrm_ray.run_lease import run_lease
 from ocrm_ray.stage_lock import held
 from ocrm_ray.stages import Stages
 
@@ -63,19 +64,24 @@ async def run_with_restarts(
     config: RunConfig, start: Callable[[Checkpoint | None], Cluster], show: Show, stopping: asyncio.Event
 ) -> dict[str, object] | None:
     """``run_to_the_end`` over a cluster from ``start``; after the death of a process over another one, from the newest
-    checkpoint, at most ``checkpoint.max_restarts`` times. Whatever happens, the cluster is closed."""
+    checkpoint, at most ``checkpoint.max_restarts`` times. Whatever happens, the cluster is closed.
+
+    UserError, before anything is written, where another run is alive in the folder.
+    """
     restarts: list[str] = []
-    while True:
-        cluster = start(newest(config.run_dir))
-        try:
-            return await run_to_the_end(config, cluster, show, stopping, restarts)
-        except (ActorDiedError, DeadlineError) as error:
-            if len(restarts) == config.checkpoint.max_restarts:
-                raise
-            restarts.append(str(error))
-        finally:
-            await cluster.close()
-        forget_unsaved(config.run_dir)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    async with run_lease(config.run_dir, config.lease):
+        while True:
+            forget_unsaved(config.run_dir)
+            cluster = start(newest(config.run_dir))
+            try:
+                return await run_to_the_end(config, cluster, show, stopping, restarts)
+            except (ActorDiedError, DeadlineError) as error:
+                if len(restarts) == config.checkpoint.max_restarts:
+                    raise
+                restarts.append(str(error))
+            finally:
+                await cluster.close()
 
 
 async def run_to_the_end(
@@ -85,7 +91,6 @@ async def run_to_the_end(
 
     Where ``stopping`` is set during RL, it ends behind the update that goes on, with a checkpoint; None then.
     """
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_yaml(config))
     stages = Stages(config, cluster, show)
     async with held(config.stage_root):
@@ -117,7 +122,9 @@ def training_data(config: RunConfig, stages: Stages, saved: Checkpoint | None, i
     return TrainingData(
         prompts=ShuffledEpochs(stages.training_prompts(), config.seed),
         heldout=tuple(stages.heldout_prompts()),
-        pairs=PairData(len(pairs), stages.behaviour_logprobs(), np.array(num_tokens, dtype=np.int64)),
+        pairs=PairData(
+            len(pairs), stages.behaviour_logprobs(), np.array(num_tokens, dtype=np.int64), stages.first_accuracy()
+        ),
         probe=tuple(probe[: config.probe.num_sequences]),
         saved=saved.state if saved else None,
         incarnation=incarnation,

@@ -138,6 +138,10 @@ class Correction(Section):
     """PPO only: start the critic again from the promoted RM, or keep it."""
     reset_optimizer: bool = False
     """Fresh policy optimiser and learning-rate schedule at promotion."""
+    on_failure: Literal["keep_old", "stop"] = "keep_old"
+    """Where a correction fails twice: train on under the live RM until the next one is due, or end the run. By default
+    a fault costs one correction, which the events and the report show, and not a night's training; a comparison that
+    needs every correction sets ``stop``. Mistakes in the configuration or the program end the run at once."""
 
     @property
     def scores_pairs(self) -> bool:

@@ -47,6 +47,7 @@ class RolloutScorer:
         self._staged: ScoreVersions | None = None
         self._known: dict[str, dict[Part, list[Any]]] = {}
         self._in_flight: set[asyncio.Future[None]] = set()
+        self._discarded: set[str] = set()
 
     async def score(self, rollouts: Mapping[str, Rollout]) -> dict[str, Rollout]:
         """Scored under the live pair, and under a staged candidate where there is one."""
@@ -77,6 +78,22 @@ class RolloutScorer:
         assert self._staged is not None
         self.live = ScoreVersions(self._staged.reward_version, self._staged.anchor_version)
         self._staged = None
+
+    async def discard(self) -> None:
+        """The staged candidate, if there is one, never goes live: its scores, those on their way too, are dropped.
+
+        Returns when nothing on its way asks for them. A later candidate needs other slots.
+        """
+        if self._staged is None:
+            return
+        dropped = {part: slot for part, slot in self._staged.slots.items() if part not in self.live.slots}
+        self._discarded.update(dropped.values())
+        for parts in self._known.values():
+            for part in dropped.keys() & parts.keys():
+                del parts[part]
+        self._staged = None
+        if self._in_flight:
+            await asyncio.wait(set(self._in_flight))
 
     async def refresh(self, batch: Mapping[str, Rollout]) -> list[Rollout]:
         """The batch, which is trained on now, with scores of the live pair; what is not known yet is computed."""
@@ -114,6 +131,8 @@ class RolloutScorer:
         else:
             answers = await self.scoring.score(sequences, tuple(slots.values()))
         for part, answer in zip(slots, answers, strict=True):
+            if slots[part] in self._discarded:
+                continue
             values = iter(answer)
             for key, rollout in rollouts.items():
                 found = [next(values) for _ in rollout.samples]

@@ -229,3 +229,10 @@ class Stages:
         if not self._needs_logprobs:
             return None
         return load_file(self.paths.root / "logprobs" / "behaviour.safetensors")["logprobs"]
+
+    def first_accuracy(self) -> float | None:
+        """Of the first reward model on held-out pairs; None for a ready one."""
+        accuracy: float | None = None
+        if self.config.reward.ready is None:
+            accuracy = self.folder(Path(self.paths.reward).name).facts.get("heldout_accuracy")
+        return accuracy

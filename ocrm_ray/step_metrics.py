@@ -21,7 +21,7 @@ METERED = {"generate": "generation", "score": ROLLOUT_SCORING, "publish": PUBLIS
 WAITS = ("rollout_wait_s", "correction_wait_s", "publish_wait_s")
 _OF_UPDATE = (
     *("loss", "kl_sft", "kl_anchor", "entropy", "clip_share", "grad_norm", "logprob_gap"),
-    *("truncated_share", "value_loss"),
+    *("truncated_share", "value_loss", "num_skipped_steps"),
 )
 
 

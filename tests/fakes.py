@@ -172,6 +172,7 @@ class FakeScoring:
 
     score_s: float = 0.1
     ratio_s: float = 0.5
+    ratio_error: Callable[[int], Exception | None] = lambda n: None
     anchor_version: int = 0
     staged: dict[str, int] = field(default_factory=dict)
     promoted: str = "live"
@@ -192,6 +193,8 @@ class FakeScoring:
         await asyncio.sleep(self.ratio_s)
         if weights is not None:
             self.snapshots.append(weights.version)
+            if (error := self.ratio_error(len(self.snapshots) - 1)) is not None:
+                raise error
         return np.zeros((len(indices), 2), dtype=np.float32)
 
     async def pair_alignments(self, weights: PolicyWeights, indices: np.ndarray) -> np.ndarray:
@@ -223,9 +226,11 @@ class FakeReward:
     refits: list[RefitRequest] = field(default_factory=list)
     scored: list[tuple[float, str]] = field(default_factory=list)
     num_refitting: int = 0
-    fail_refit: bool = False
     run_dir: Path | None = None
     """Where it leaves reward models."""
+    refit_error: Callable[[int], Exception | None] = lambda n: None
+    stage_error: Callable[[int], Exception | None] = lambda n: None
+    num_staged: int = 0
 
     async def score(self, sequences: Seq[Sequence], slot: str = "live") -> np.ndarray:
         version = self.version if slot in ("live", self.promoted) else self.staged[slot]
@@ -242,8 +247,8 @@ class FakeReward:
             await asyncio.Event().wait()
         await asyncio.sleep(seconds)
         self.num_refitting -= 1
-        if self.fail_refit:
-            raise RuntimeError("refit diverged")
+        if (error := self.refit_error(len(self.refits) - 1)) is not None:
+            raise error
         if self.run_dir is not None:
             folder = self.run_dir / "reward" / f"v{request.reward_version}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -251,6 +256,9 @@ class FakeReward:
         return RefitReport(request.reward_version, Path("/nowhere"), 0.5, 0.7, seconds)
 
     async def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
+        self.num_staged += 1
+        if (error := self.stage_error(self.num_staged - 1)) is not None:
+            raise error
         self.staged[promotion_id] = refit.reward_version
         return Calibration(0.0, 1.0)
 

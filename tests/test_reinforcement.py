@@ -44,7 +44,6 @@ def restart(
         if number > 1:
             write(config.run_dir, state_of(number))
         else:
-            config.run_dir.mkdir(parents=True)
             (config.run_dir / "metrics.jsonl").write_text("{}\n")
         raise errors[number - 1]
 

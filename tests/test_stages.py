@@ -47,7 +47,7 @@ class OfflineCluster:
 
     async def train_reward(self, show: object) -> dict[str, object]:
         self.calls.append("reward")
-        return {"loss": 0.5}
+        return {"loss": 0.5, "heldout_accuracy": 0.71}
 
     async def behaviour_logprobs(self, num_pairs: int, show: object) -> np.ndarray:
         self.calls.append("logprobs")
@@ -71,6 +71,14 @@ def run_stages(config: RunConfig) -> OfflineCluster:
     cluster = OfflineCluster(config)
     asyncio.run(Stages(config, cluster, lambda state: None).run())  # type: ignore[arg-type]
     return cluster
+
+
+def test_the_accuracy_of_the_first_reward_model_is_kept_and_that_of_a_ready_one_not_known(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    cluster = run_stages(config)
+    assert Stages(config, cluster, lambda state: None).first_accuracy() == 0.71  # type: ignore[arg-type]
+    ready = tiny_config(tmp_path, reward={"ready": "elsewhere"})
+    assert Stages(ready, cluster, lambda state: None).first_accuracy() is None  # type: ignore[arg-type]
 
 
 def test_every_stage_runs_once_in_order_and_is_skipped_the_second_time(tmp_path: Path) -> None:

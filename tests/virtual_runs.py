@@ -15,9 +15,16 @@ from ocrm_ray.correction import PairData
 from ocrm_ray.metrics import RunLog
 from ocrm_ray.offline import OfflineCoordinator
 from ocrm_ray.prompts import ShuffledEpochs
-from ocrm_ray.records import Sequence
+from ocrm_ray.records import IntArray, Sequence
 
 NUM_PAIRS = 10
+
+
+class InOrder(ShuffledEpochs):
+    """Every epoch in the order of the prompts."""
+
+    def _draw(self, epoch: int) -> IntArray:
+        return np.arange(len(self._prompts))
 
 
 async def coordinate(
@@ -29,12 +36,14 @@ async def coordinate(
     stopping: asyncio.Event | None = None,
 ) -> float:
     """Run to the end; returns the virtual seconds it took."""
-    fakes.reward.run_dir = config.run_dir
+    fakes.reward.run_dir = run_dir
+    config = config.model_copy(update={"output_dir": run_dir.parent, "name": run_dir.name})
     clock = asyncio.get_running_loop().time
+    logprobs = np.arange(2 * NUM_PAIRS, dtype=np.float32).reshape(-1, 2)
     data = TrainingData(
-        prompts=ShuffledEpochs(prompts(num_prompts), seed=0),
+        prompts=InOrder(prompts(num_prompts), seed=0),
         heldout=prompts(3),
-        pairs=PairData(NUM_PAIRS, np.arange(2 * NUM_PAIRS, dtype=np.float32).reshape(-1, 2), np.arange(NUM_PAIRS)),
+        pairs=PairData(NUM_PAIRS, logprobs, np.arange(NUM_PAIRS), first_accuracy=0.72),
         probe=(Sequence((1,), (2,), True),),
         saved=saved.state if saved else None,
     )

@@ -9,6 +9,7 @@ import pytest
 from synthetic_runs import Shape, write_run
 
 from actors import launcher
+from ocrm_ray.checkpoints import forget_unsaved
 from ocrm_ray.config import RunConfig, StudyConfig
 
 STUDY = StudyConfig.model_validate(
@@ -25,12 +26,12 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         arm = str(arguments[-1])
         assert config.run_dir.is_absolute()
         names.append(arm)
-        assert list(config.run_dir.glob("*")) == [], "an interrupted run starts over"
         if arm == "b seed 2" and len(names) == 3:
             config.run_dir.mkdir(parents=True)
             (config.run_dir / "metrics.jsonl").write_text('{"step": 0, "time_s": 0.1}\n')
             raise KeyboardInterrupt
         if config.run_dir.exists():
+            forget_unsaved(config.run_dir)  # as every run does once it holds its folder
             config.run_dir.rmdir()
         write_run(config.run_dir, Shape(num_updates=20))
         return {}

@@ -1,11 +1,14 @@
 """What a correction asks of an engine beside training: weights moved for a while, plain gradients, second moments."""
 
+import math
+
 import psutil
 import pytest
 import torch
 from tiny_models import EOS, llama_config, pad_batch, random_pairs
 
 from actors.training_engine import EngineSettings, TrainingEngine
+from ocrm_ray.errors import RunError
 from ocrm_ray.networks import ScalarModel, last_token_scores
 
 pytestmark = pytest.mark.real
@@ -28,8 +31,9 @@ def build_network():
 def make_engine():
     engines = []
 
-    def make(zero_stage, dtype, weights=None):
-        settings = EngineSettings(1e-2, 1e6, zero_stage=zero_stage, dtype=dtype, beta2=BETA2)
+    def make(zero_stage, dtype, weights=None, max_skipped_steps=0):
+        decay = 0.0 if max_skipped_steps == 0 else 0.1
+        settings = EngineSettings(1e-2, 1e6, zero_stage, dtype, decay, BETA2, max_skipped_steps=max_skipped_steps)
         network = build_network()
         if weights is not None:
             network.load_state_dict(weights)
@@ -157,3 +161,47 @@ def test_a_restored_engine_goes_on_bit_for_bit(make_engine, zero_stage, dtype, n
             assert torch.equal(tensor, again.tensors[kind][name]), (kind, name)
     with asked.weights() as ours, other.weights() as theirs:
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def skip(engine, factor):
+    """A step on two parts, the first of which has a loss times ``factor``."""
+    factors = iter((factor, 1.0))
+    engine.accumulate([BATCH, OTHER], lambda batch: next(factors) * mean_square(engine.forward, batch))
+    return engine.step(1.0)
+
+
+def full_state(engine):
+    with engine.weights() as tensors:
+        weights = [tensor.detach().clone() for tensor in tensors.values()]
+    return [*weights, *engine.second_moments()]
+
+
+EVERY_KIND = [PLAIN, ZERO_1, (2, "float32"), (3, "float32"), BFLOAT16, (2, "bfloat16"), (3, "bfloat16")]
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), EVERY_KIND)
+def test_a_step_whose_gradient_is_not_finite_changes_no_bit_of_this_step_or_of_later_ones(
+    make_engine, zero_stage, dtype
+):
+    engine, other = (make_engine(zero_stage, dtype, max_skipped_steps=2) for _ in range(2))
+    for each in (engine, other):
+        train(each, 2)
+    before = full_state(engine)
+    for factor in (math.nan, math.inf):
+        assert math.isnan(skip(engine, factor))
+    assert all(map(torch.equal, full_state(engine), before))
+    for each in (engine, other):
+        train(each, 2)
+    assert all(map(torch.equal, full_state(engine), full_state(other)))
+
+
+def test_too_many_skipped_steps_in_a_row_are_an_error_and_a_good_one_between_starts_the_count_again(make_engine):
+    engine = make_engine(*PLAIN, max_skipped_steps=2)
+    for _ in range(2):
+        skip(engine, math.nan)
+        skip(engine, math.nan)
+        train(engine, 1)
+    skip(engine, math.nan)
+    skip(engine, math.nan)
+    with pytest.raises(RunError, match="gradient is not finite"):
+        skip(engine, math.nan)
