@@ -21,6 +21,7 @@ from ocrm_ray.records import EvaluationReport
 from ocrm_ray.report import write_report
 from ocrm_ray.stage_lock import held
 from ocrm_ray.stages import Stages, shuffled_epochs
+from ocrm_ray.whole_files import write_whole
 
 
 class ShownRunLog(RunLog):
@@ -50,7 +51,7 @@ class ShownRunLog(RunLog):
 async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dict[str, object]:
     """Every stage of a run, its summary and its report; returns the summary."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(dump_yaml(config))
+    write_whole(config.run_dir / "config.yaml", [dump_yaml(config)])
     stages = Stages(config, cluster, show)
     async with held(config.stage_root):
         await stages.run()
@@ -59,10 +60,9 @@ async def run_to_the_end(config: RunConfig, cluster: Cluster, show: Show) -> dic
     with ShownRunLog(config.run_dir, config.policy.num_updates, show) as log:
         kind = OfflineCoordinator if config.policy.is_offline else Coordinator
         await kind(config, pools, training_data(config, stages), log, time.monotonic).run()
-    summary = summarise(config.run_dir)
     show(ProgressState(stage="report"))
     write_report(config.run_dir)
-    return summary
+    return summarise(config.run_dir)  # last: a run with a summary is taken for done
 
 
 def training_data(config: RunConfig, stages: Stages) -> TrainingData:

@@ -112,7 +112,7 @@ def test_a_data_file_with_other_content_under_the_same_name_is_read_again(tmp_pa
     assert len(read_prompts(config.stage_root / "data" / "prompts.jsonl")) == 49
 
 
-def test_a_data_file_is_hashed_once_at_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_file_is_hashed_before_and_after_it_is_read_and_once_at_a_start_that_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
     whole = stages.file_fingerprint
     monkeypatch.setattr(stages, "file_fingerprint", lambda name: hashed.append(name) or whole(name))
@@ -120,8 +120,9 @@ def test_a_data_file_is_hashed_once_at_a_start(tmp_path: Path, monkeypatch: pyte
     praise.write_world(world, tiny_config(tmp_path).world, seed=5)  # type: ignore[arg-type]
     data, model = str(world / "prompts.jsonl"), str(world / "policy")
     tree = {"world": None, "sft": {"ready": model}, "gold": {"kind": "function", "path": "ocrm_ray.praise:gold"}}
-    run_stages(tiny_config(tmp_path, **tree, data={"prompts": {"path": data}, "num_heldout": 10}))
-    assert hashed.count(data) == 1
+    for num_times in (2, 3):
+        run_stages(tiny_config(tmp_path, **tree, data={"prompts": {"path": data}, "num_heldout": 10}))
+        assert hashed.count(data) == num_times
 
 
 def test_a_strategy_without_ratios_needs_no_log_probs(tmp_path: Path) -> None:
