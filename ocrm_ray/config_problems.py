@@ -20,7 +20,7 @@ _NEEDS = {
     "int_type": "an integer",
     "float_type": "a number",
     "bool_type": "true or false",
-    "string_too_long": "fewer letters",
+    "string_too_long": "128 letters at most",
     "string_pattern_mismatch": "letters, digits, dots, dashes and underscores, a letter or digit first",
 }
 """By the kind of error, where pydantic's own words are those of Python."""
