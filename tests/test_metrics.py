@@ -199,6 +199,15 @@ def test_a_full_disk_ends_the_run_and_costs_at_most_the_line_that_did_not_fit(tm
     assert [row["number"] for row in read_jsonl(path)] == list(range(num_written + 1))
 
 
+def test_a_summary_that_the_disk_has_no_room_for_is_not_there(tmp_path: Path) -> None:
+    with RunLog(tmp_path, Clock()) as log:
+        log.step(step(1))
+    (tmp_path / "summary.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        summarise(tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
 def test_a_whole_last_line_counts_even_without_its_newline(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
