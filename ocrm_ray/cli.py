@@ -5,6 +5,9 @@ Exit status: 0 done; 1 a failure of the run; 2 the user's mistake, one line a pr
 """
 
 import argparse
+import errno
+import os
+import re
 import shlex
 import sys
 import traceback
@@ -19,6 +22,11 @@ if TYPE_CHECKING:
     from ocrm_ray.config import RunConfig, StudyConfig
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+DISK_FAULTS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
+"""Told without a traceback: what is wrong is the disk or a path, not the program."""
 RESUME = (
     "go on in a run folder that has been used: finished stages (data, SFT, pairs, reward model) are not done "
     "again; RL continues from its last checkpoint, and starts over where there is none"
@@ -38,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(str(error))
         return MISTAKE
+    except OSError as error:
+        _say(f"error: {_known_cause(error) or error}")
+        return FAILED
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -168,17 +179,29 @@ def _guarded(arguments: argparse.Namespace, launch: Callable[[], str], folder: P
         _say("interrupted", resume)
         return INTERRUPTED
     except Exception as error:
-        is_known = isinstance(error, RunError)
+        cause = _known_cause(error)
         from actors.session import log_folder
 
         _say(
-            f"error: {error}" if is_known else f"error: {type(error).__name__}: {error}",
+            f"error: {cause or f'{type(error).__name__}: {error}'}",
             *([f"run folder: {folder}", f"events: {folder / 'events.jsonl'}"] if folder else []),
             f"logs of the processes: {log_folder()}",
             resume,
-            *([] if is_known else ["", traceback.format_exc().rstrip()]),
+            *([] if cause else ["", traceback.format_exc().rstrip()]),
         )
         return FAILED
+
+
+def _known_cause(error: Exception) -> str | None:
+    """What ended a run, in words; None of what nobody foresaw."""
+    if isinstance(error, RunError):
+        return str(error)
+    told = re.search(r"\(os error (\d+)\)", str(error))  # so safetensors tells the system's errors
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    if number not in DISK_FAULTS:
+        return None
+    path = getattr(error, "filename", None)
+    return os.strerror(number).lower() + (f": {path!r}" if path else "")
 
 
 def _say(*lines: str) -> None:

@@ -25,6 +25,7 @@ from ocrm_ray.cluster_config import (
     Rehearsal,
     RunName,
     Section,
+    Seed,
     Share,
 )
 from ocrm_ray.gold_config import ClassifierGold, FunctionGold, Gold, JudgeGold, SimilarityGold
@@ -67,6 +68,8 @@ class DataFile(Section):
     """Split of a Hub data set; a file is one split."""
     limit: PositiveInt | None = None
     """Use the first so many rows; null: all."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a line that is no JSON object, or a row of a wrong form, does: end the run, or be left out and counted."""
 
 
 class Data(Section):
@@ -78,7 +81,7 @@ class Data(Section):
     num_heldout: PositiveInt = 1024
     """Prompts kept from training, for evaluation; drawn once, with ``seed``."""
     max_prompt_tokens: PositiveInt = 512
-    """Longer prompts are dropped and counted."""
+    """Longer prompts are dropped and counted, as empty ones are."""
     chat_template: Literal["auto", "always", "never"] = "auto"
     """Wrap plain prompts as one user message in the tokenizer's chat template; ``auto``: where there is one."""
 
@@ -271,7 +274,7 @@ class RunConfig(Section):
     output_dir: Path = Path("runs")
     stages_dir: Path | None = None
     """Where the stages before RL leave their results; null: in the run folder. Arms of a study share one."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     world: PraiseWorld | None = None
     """The embedded world, in place of ``data.prompts``, models and gold."""
     share_prompts: bool = True
@@ -325,9 +328,9 @@ class StudyConfig(Section):
     """A run configuration without ``name``, ``output_dir``, ``stages_dir`` and ``seed``."""
     arms: dict[RunName, dict[str, object]]
     """Arm name -> dotted keys and their values, applied to ``base``."""
-    seeds: tuple[NonNegativeInt, ...] = (1,)
+    seeds: tuple[Seed, ...] = (1,)
     """A seed redraws every stage, not only RL."""
-    arm_seeds: dict[RunName, tuple[NonNegativeInt, ...]] = Field(default_factory=dict)
+    arm_seeds: dict[RunName, tuple[Seed, ...]] = Field(default_factory=dict)
     """Arm name -> its seeds, in place of ``seeds``."""
     own_stages: tuple[RunName, ...] = ()
     """Arms that make SFT model, pairs and first reward model for themselves: their settings before RL may differ."""

@@ -25,6 +25,7 @@ Config = TypeVar("Config", bound=Section)
 
 SET_BY_STUDY = ("name", "output_dir", "stages_dir", "seed")
 SHARED = "shared"
+MAX_DEPTH = 20
 EARLY_STOPPING = "early_stopping"
 """The report's own arm."""
 _PATH_KEYS = ("ready", "base", "behaviour", "model", "path")
@@ -129,11 +130,13 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Tree, list[Problem]]:
     changes: list[Tree] = []
     for text in overrides:
         key, is_set, value = text.partition("=")
-        if not (is_set and all(key.split("."))):
+        if not (is_set and all(key.split(".")) and key.isprintable()):
             problems.append(Problem(text, "no override", "key=value, such as policy.gamma=0.5", "write both"))
             continue
         try:
             changes.append(_nested({key: _parsed(value)}))
+        except UserError as error:
+            problems += error.problems
         except yaml.YAMLError as error:
             problems.append(Problem(key, f"invalid YAML ({_reason(error)})", "a YAML value", "put it in quotes"))
     need, do = "a YAML mapping", "write key: value lines"
@@ -164,9 +167,11 @@ def _reason(error: yaml.YAMLError) -> str:
 
 
 def _nested(changes: Mapping[str, Any]) -> Tree:
-    """``{"a.b": c}`` -> ``{"a": {"b": c}}``."""
+    """``{"a.b": c}`` -> ``{"a": {"b": c}}``. UserError for a key that no configuration is deep enough for."""
     tree: Tree = {}
     for key, value in changes.items():
+        if (depth := key.count(".")) > MAX_DEPTH:
+            raise mistake(shown(key), f"a key of {depth + 1} parts", f"at most {MAX_DEPTH + 1}", "correct the key")
         for part in reversed(key.split(".")):
             value = {part: value}
         tree = _merged(tree, value)

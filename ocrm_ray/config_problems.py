@@ -20,6 +20,7 @@ _NEEDS = {
     "int_type": "an integer",
     "float_type": "a number",
     "bool_type": "true or false",
+    "string_too_long": "128 letters at most",
     "string_pattern_mismatch": "letters, digits, dots, dashes and underscores, a letter or digit first",
 }
 """By the kind of error, where pydantic's own words are those of Python."""
@@ -69,6 +70,8 @@ def _path(entry: Any, tree: Any) -> str:
 
 def _problem(path: str, entries: Sequence[Any], known: Sequence[tuple[str, object]]) -> Problem:
     kind, value = entries[0]["type"], entries[0]["input"]
+    if kind == "json_invalid":  # it was made from the tree: nothing but depth is wrong with it
+        return Problem("the configuration", "one nested too deep", "mappings as the keys are", "write it flatter")
     if kind == "extra_forbidden":
         return _unknown_key(path, [name for name, _ in known])
     if kind.startswith("union_tag"):

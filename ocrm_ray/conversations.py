@@ -33,7 +33,7 @@ def parse_message(value: object) -> Message:
     if not isinstance(value, Mapping):
         raise ValueError(f"a message is {type(value).__name__}, not an object")
     role, content = first_value(value, "role", "from"), first_value(value, "content", "value")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"a message has the role {role!r}")
     if not isinstance(content, str):
         raise ValueError(f"a message's content is {type(content).__name__}, not a string")
@@ -109,12 +109,9 @@ def encode_response(
     """Tokens of a response after its prompt's, ending with EOS unless that falls beyond ``max_response_tokens``.
 
     The response is tokenised by itself, as a sampled one is: no token spans the boundary. An EOS inside the text
-    ends it there. Raises UserError: the tokenizer has no EOS token.
+    ends it there.
     """
     eos_id = tokenizer.eos_token_id
-    if eos_id is None:
-        got = "a tokenizer without an EOS token"
-        raise mistake("sft", got, "a model whose tokenizer has one", "set eos_token in its tokenizer_config.json")
     response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], eos_id]
     response_ids = response_ids[: response_ids.index(eos_id) + 1][:max_response_tokens]
     return TokenSequence(prompt_ids, tuple(response_ids), response_ids[-1] == eos_id)

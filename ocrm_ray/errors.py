@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake of the user's, printed as ``path: got X, need Y: do Z``."""
+    """One mistake of the user's, printed as ``path: got X, need Y: do Z``, unprintable characters escaped."""
 
     path: str
     got: str
@@ -14,7 +14,8 @@ class Problem:
     do: str
 
     def __str__(self) -> str:
-        return f"{self.path}: got {self.got}, need {self.need}: {self.do}"
+        text = f"{self.path}: got {self.got}, need {self.need}: {self.do}"
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 class OcrmError(Exception):

@@ -95,7 +95,9 @@ class _ModelScorer:
         auto_class, path = getattr(transformers, self.auto_class), config.model
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-            model = auto_class.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            model = auto_class.from_pretrained(
+                path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             got, do = f"{path!r} ({str(error).strip().splitlines()[0]})", "correct the folder or Hub name"
             raise mistake(self.setting, got, "a Hugging Face model", do) from error

@@ -158,7 +158,8 @@ def _folder_problems(config: RunConfig) -> Iterator[Problem]:
     named = ("output_dir", config.output_dir), ("stages_dir", config.stages_dir), ("gold.cache_file", cache_dir)
     for key, folder in named:
         existing = folder and next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-        if existing and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        is_writable = existing and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+        if existing and (not is_writable or "\0" in str(folder)):
             yield Problem(key, shown(str(folder)), f"a folder that can be written ({existing} is none)", "change it")
     before = config.run_dir / "config.yaml"
     if not before.is_file():

@@ -17,6 +17,7 @@ import numpy as np
 
 from ocrm_ray.records import EvaluationReport
 from ocrm_ray.run_files import JsonlWriter, Row, last_time_s, read_jsonl, read_run, rewound
+from ocrm_ray.whole_files import write_whole
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -197,8 +198,7 @@ class BusyMeter:
 def summarise(run_dir: Path) -> dict[str, Any]:
     """Write ``summary.json`` from ``metrics.jsonl`` and return it; see ``summary_of``."""
     summary = summary_of(read_run(run_dir).metrics)
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    (run_dir / "summary.json").write_text(text, encoding="utf-8")
+    write_whole(run_dir / "summary.json", [json.dumps(summary, indent=2, allow_nan=False) + "\n"])
     return summary
 
 

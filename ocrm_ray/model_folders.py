@@ -58,14 +58,24 @@ def is_hub_name(name: str) -> bool:
 
 def read_model(where: str, name: str, role: Role) -> tuple[ModelFacts | None, list[Problem]]:
     """Facts of the folder ``name`` (None: a Hub name, or unreadable) and its problems, told of the key ``where``."""
-    folder = Path(name)
     if is_hub_name(name):
         return None, []
+    try:
+        return _read_folder(where, name, role)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):  # of JSON of any other form
+        got, need = f"{shown(name)} with a broken config.json, tokenizer.json or index", "whole files of transformers"
+        return None, [Problem(where, got, need, "download or save it again")]
+
+
+def _read_folder(where: str, name: str, role: Role) -> tuple[ModelFacts | None, list[Problem]]:
+    folder = Path(name)
     settings = _read_json(folder / "config.json")
     if not settings:
         got, need = f"{shown(name)}, no folder with a config.json", "a model folder or a Hub name org/name"
         return None, [Problem(where, got, need, "correct the path")]
     num_parameters, broken = _count_parameters(folder)
+    facts = ModelFacts(folder, settings, num_parameters)
+    _ = facts.context, facts.vocab_size, _token_ids(_read_json(folder / "tokenizer.json"))
     names = [str(each) for each in settings.get("architectures") or [""]]
     num_labels = len(settings["id2label"]) if "id2label" in settings else settings.get("num_labels", 2)
     is_kind = not names[0] or any(each.endswith(_ARCHITECTURES[role]) for each in names)
@@ -79,7 +89,7 @@ def read_model(where: str, name: str, role: Role) -> tuple[ModelFacts | None, li
         (bool(broken), broken, "whole safetensors files (pickles can run code)", "save it again (save_pretrained)"),
     ]
     problems = [Problem(where, f"{shown(name)} with {got}", need, do) for is_wrong, got, need, do in faults if is_wrong]
-    return ModelFacts(folder, settings, num_parameters), problems
+    return facts, problems
 
 
 def _count_parameters(folder: Path) -> tuple[int, str]:
@@ -99,12 +109,14 @@ def _count_parameters(folder: Path) -> tuple[int, str]:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    """A mapping; empty where there is no readable one."""
+    """Empty where there is no readable file. ValueError: it holds no mapping."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except OSError:
         return {}
-    return content if isinstance(content, Mapping) else {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds no mapping")
+    return content
 
 
 def backbone_difference(one: ModelFacts, other: ModelFacts) -> str | None:

@@ -20,7 +20,7 @@ from ocrm_ray.algorithm.wpo import response_log_weights
 from ocrm_ray.attention import use_products
 from ocrm_ray.batches import PaddedBatch, SequenceTable, cut_rows
 from ocrm_ray.config import Dtype, Pool
-from ocrm_ray.errors import RunError
+from ocrm_ray.errors import RunError, mistake
 from ocrm_ray.records import FloatArray, IntArray, Sequence
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -144,10 +144,20 @@ def require_own_logits(model: "CausalModel | ScalarModel") -> None:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model folder; one without a padding token pads with EOS."""
+    """The tokenizer of a model folder; one without a padding token pads with EOS.
+
+    UserError: it cannot be loaded, or has no EOS token.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each kind of tokenizer has its own
+        got = f"{str(path)!r} ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+        raise mistake("sft", got, "a model with a tokenizer", "correct the folder or Hub name") from error
+    if tokenizer.eos_token_id is None:
+        do = "set eos_token in its tokenizer_config.json"
+        raise mistake("sft", f"{str(path)!r}, whose tokenizer has no EOS token", "one that has", do)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -170,7 +180,9 @@ def load_causal_lm(path: str | Path, *, dtype: Dtype, trust_remote_code: bool) -
     from transformers import AutoModelForCausalLM
 
     with _quiet_loading():
-        network = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+        network = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
+        )
     use_products(network)
     model = CausalModel(network).eval()
     require_own_logits(model)
@@ -193,7 +205,7 @@ def load_reward_model(
         raise ValueError(f"{path}: not a sequence-classification model, and no seed for a new head")
     with _quiet_loading():
         network = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+            path, num_labels=1, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
         )
     if not isinstance(getattr(network, "score", None), nn.Linear):
         raise ValueError(f"{path}: {type(network).__name__} has no linear head named score, so it is not causal")

@@ -46,15 +46,16 @@ class Pair:
 
 
 def load_pairs(
-    data: Data, rows: Sequence[Row], tokenizer: Any, max_response_tokens: int
+    data: Data, rows: Sequence[Row], tokenizer: Any, max_response_tokens: int, bad: list[str] | None = None
 ) -> tuple[list[Pair], dict[str, int]]:
     """Pairs of ``rows`` (from ``read_rows``), and what became of the rows.
 
     Responses end with EOS or are cut at ``max_response_tokens`` (``num_truncated`` counts responses). Rows with a
-    prompt over ``data.max_prompt_tokens``, an empty prompt, or responses that are the same after cutting are dropped
-    and counted. Raises UserError: columns missing, rows of a wrong form, no EOS token, no pair left.
+    prompt over ``data.max_prompt_tokens``, an empty prompt or response, or responses that are the same after cutting
+    are dropped and counted; with ``bad`` so are faulty rows.
+    Raises UserError: columns missing, rows of a wrong form, no pair left.
     """
-    encoded = [_encode(data, texts, tokenizer, max_response_tokens) for texts in PAIR_ROWS.parsed(rows)]
+    encoded = [_encode(data, texts, tokenizer, max_response_tokens) for texts in PAIR_ROWS.parsed(rows, bad)]
     pairs = [pair for pair in encoded if isinstance(pair, Pair)]
     dropped = Counter(reason for reason in encoded if isinstance(reason, str))
     if not pairs:
@@ -63,6 +64,7 @@ def load_pairs(
         raise mistake("pairs.ready.path", f"no usable pair in {len(rows)} rows ({told})", "at least one pair", do)
     return pairs, {
         "num_rows": len(rows),
+        "num_bad": len(bad or ()),
         "num_kept": len(pairs),
         **{f"num_{reason.replace(' ', '_')}": dropped[reason] for reason in get_args(_Dropped)},
         "num_truncated": sum(not response.has_eos for pair in pairs for response in (pair.chosen, pair.rejected)),
@@ -73,8 +75,10 @@ def _encode(data: Data, texts: PairTexts, tokenizer: Any, max_response_tokens: i
     """The pair of one row, or why it is dropped."""
     content, *responses = texts
     prompt_ids = encode_prompt(tokenizer, content, data.chat_template)
-    if not prompt_ids or len(prompt_ids) > data.max_prompt_tokens:
-        return "too long" if prompt_ids else "empty"
+    if not prompt_ids or not all(text.strip() for text in responses):
+        return "empty"
+    if len(prompt_ids) > data.max_prompt_tokens:
+        return "too long"
     chosen, rejected = (answer_text(tokenizer, content, text, data.chat_template) for text in responses)
     first, second = (encode_response(tokenizer, prompt_ids, text, max_response_tokens) for text in (chosen, rejected))
     pair = Pair(prompt_text(content), first, second, chosen_text=chosen, rejected_text=rejected)
@@ -110,7 +114,7 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
 
 def read_pairs(path: Path) -> list[Pair]:
     """Read a file of ``write_pairs``. Raises RunError if it is missing or broken."""
-    return [_pair(row) for row in read_jsonl(path)]
+    return read_jsonl(path, _pair)
 
 
 def _pair(row: Mapping[str, Any]) -> Pair:

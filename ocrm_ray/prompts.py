@@ -19,20 +19,24 @@ _MESSAGE_COLUMNS = ("messages", "conversations")
 _REFERENCE_COLUMNS = ("output", "reference", "response")
 
 
-def load_prompts(data: Data, rows: Sequence[Row], tokenizer: Any) -> tuple[list[Prompt], dict[str, int]]:
+def load_prompts(
+    data: Data, rows: Sequence[Row], tokenizer: Any, bad: list[str] | None = None
+) -> tuple[list[Prompt], dict[str, int]]:
     """Prompts of ``rows`` (from ``read_rows``), and what became of the rows; ``prompt_id`` is the row's index.
 
-    Prompts over ``data.max_prompt_tokens`` and empty ones are dropped and counted. A reference is stored as it
-    continues its prompt. Raises UserError: columns missing, rows of a wrong type, no prompt left.
+    Prompts over ``data.max_prompt_tokens`` and empty ones are dropped and counted; with ``bad`` so are faulty rows,
+    which have no index. A reference is stored as it continues its prompt; a blank one is none.
+    Raises UserError: columns missing, rows of a wrong type, no prompt left.
     """
     prompts: list[Prompt] = []
     dropped: Counter[str] = Counter()
-    for index, (content, reference) in enumerate(PROMPT_ROWS.parsed(rows)):
+    for index, (content, reference) in enumerate(PROMPT_ROWS.parsed(rows, bad)):
         token_ids = encode_prompt(tokenizer, content, data.chat_template)
         if not token_ids or len(token_ids) > data.max_prompt_tokens:
             dropped["longer" if token_ids else "empty"] += 1
         else:
-            answer = None if reference is None else answer_text(tokenizer, content, reference, data.chat_template)
+            is_blank = reference is None or not reference.strip()
+            answer = None if is_blank else answer_text(tokenizer, content, str(reference), data.chat_template)
             prompts.append(Prompt(index, prompt_text(content), token_ids, answer))
     if not prompts:
         told = f"{dropped['longer']} longer, {dropped['empty']} empty"
@@ -40,6 +44,7 @@ def load_prompts(data: Data, rows: Sequence[Row], tokenizer: Any) -> tuple[list[
         raise mistake("data.max_prompt_tokens", got, "at least one", "raise it, or use other prompts")
     return prompts, {
         "num_rows": len(rows),
+        "num_bad": len(bad or ()),
         "num_kept": len(prompts),
         "num_too_long": dropped["longer"],
         "num_empty": dropped["empty"],
@@ -73,7 +78,7 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a file of ``write_prompts``. Raises RunError if it is missing or broken."""
-    return [Prompt(**{**row, "token_ids": tuple(row["token_ids"])}) for row in read_jsonl(path)]
+    return read_jsonl(path, lambda row: Prompt(**{**row, "token_ids": tuple(row["token_ids"])}))
 
 
 def _content(row: Row) -> tuple[PromptContent, str | None]:

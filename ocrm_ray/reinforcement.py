@@ -26,6 +26,7 @@ from ocrm_ray.report import write_report
 from ocrm_ray.run_lease import run_lease
 from ocrm_ray.stage_lock import held
 from ocrm_ray.stages import Stages
+from ocrm_ray.whole_files import write_whole
 
 RL = "rl"
 """The stage in which a run can be stopped without loss."""
@@ -91,7 +92,7 @@ async def run_to_the_end(
 
     Where ``stopping`` is set during RL, it ends behind the update that goes on, with a checkpoint; None then.
     """
-    (config.run_dir / "config.yaml").write_text(dump_yaml(config))
+    write_whole(config.run_dir / "config.yaml", [dump_yaml(config)])
     stages = Stages(config, cluster, show)
     async with held(config.stage_root):
         await stages.run()
@@ -107,10 +108,9 @@ async def run_to_the_end(
         data = training_data(config, stages, saved, len(restarts) + 1)
         if not await kind(config, pools, data, log, time.monotonic).run(stopping):
             return None
-    summary = summarise(config.run_dir)
     show(ProgressState(stage="report"))
     write_report(config.run_dir)
-    return summary
+    return summarise(config.run_dir)  # last: a run with a summary is taken for done
 
 
 def training_data(config: RunConfig, stages: Stages, saved: Checkpoint | None, incarnation: int) -> TrainingData:

@@ -8,6 +8,7 @@ from ocrm_ray.metrics import POOLS, summary_of
 from ocrm_ray.plots import draw_run, save
 from ocrm_ray.progress import duration_text
 from ocrm_ray.run_files import Run, correction_windows, read_run
+from ocrm_ray.whole_files import write_whole
 
 
 def write_report(run_dir: Path) -> Path:
@@ -17,7 +18,7 @@ def write_report(run_dir: Path) -> Path:
     for name, figure in pictures.items():
         save(figure, run_dir / "plots" / f"{name}.png")
     path = run_dir / "report.html"
-    path.write_text(render_report(run, pictures), encoding="utf-8")
+    write_whole(path, [render_report(run, pictures)])
     return path
 
 

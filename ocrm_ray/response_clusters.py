@@ -47,7 +47,9 @@ class InferenceClusterer:
         network: Any
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-            network = AutoModelForSequenceClassification.from_pretrained(model, trust_remote_code=trust_remote_code)
+            network = AutoModelForSequenceClassification.from_pretrained(
+                model, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             got, do = f"{model!r} ({str(error).strip().splitlines()[0]})", "correct the folder or Hub name"
             raise mistake(SETTING, got, "a Hugging Face model", do) from error

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ocrm_ray.config import DataFile, RunConfig
-from ocrm_ray.data_files import read_rows
+from ocrm_ray.data_files import Row, bad_rows, read_rows
+from ocrm_ray.errors import RunError
 from ocrm_ray.networks import load_tokenizer
 from ocrm_ray.pair_sampling import sample_pairs
 from ocrm_ray.pools import Cluster, Show
@@ -25,10 +26,13 @@ from ocrm_ray.progress import ProgressState
 from ocrm_ray.prompts import load_prompts, read_prompts, split_prompts, write_prompts
 from ocrm_ray.records import FloatArray, Prompt
 from ocrm_ray.strategies import make_strategy
+from ocrm_ray.whole_files import flushed_sizes, write_whole
 
 logger = logging.getLogger(__name__)
 
 MARKER = "stage.json"
+NUM_TOLD_ROWS = 10
+"""Bad rows that a stage's marker tells in words."""
 
 
 def fingerprint(inputs: Mapping[str, object]) -> str:
@@ -61,25 +65,30 @@ class StageFolder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What ``finish`` wrote; {} before."""
-        marker = self.path / MARKER
-        return dict(json.loads(marker.read_text())) if marker.is_file() else {}
+        """What ``finish`` wrote; {} before, and where it cannot be understood."""
+        try:
+            return dict(json.loads((self.path / MARKER).read_bytes()))
+        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+            return {}
 
     @property
     def is_done(self) -> bool:
-        """Whether the result is there, complete, and made from these inputs."""
-        return self.facts.get("fingerprint") == self.fingerprint
+        """Whether the result is there, every file as large as it was, and made from these inputs."""
+        facts = self.facts
+        is_same = facts.get("fingerprint") == self.fingerprint
+        return is_same and facts.get("files", {}).items() <= flushed_sizes(self.path).items()
 
     def begin(self) -> None:
-        """Empty the folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Empty the folder, its marker first."""
+        if self.path.exists():
+            (self.path / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
 
     def finish(self, **facts: object) -> None:
-        """Mark the result complete, last and atomically."""
-        staged = self.path / "stage.tmp"
-        staged.write_text(json.dumps({"fingerprint": self.fingerprint, **facts}, indent=2, default=str) + "\n")
-        staged.replace(self.path / MARKER)
+        """Mark the result complete, once all of it is on the disk."""
+        told = {"fingerprint": self.fingerprint, **facts, "files": flushed_sizes(self.path)}
+        write_whole(self.path / MARKER, [json.dumps(told, indent=2, default=str) + "\n"])
 
 
 @dataclass(frozen=True)
@@ -179,15 +188,24 @@ class Stages:
         write_world(folder, self.config.world, self.config.seed)
         return {}
 
-    async def _data(self, folder: Path) -> dict[str, int]:
+    async def _data(self, folder: Path) -> dict[str, object]:
         data, world = self.config.data, self.config.world
         source = data.prompts or DataFile(path=str(self.paths.root / "world" / "prompts.jsonl"))
-        prompts, counts = load_prompts(data, read_rows(source, "data.prompts"), self._tokenizer())
+        bad = bad_rows(source)
+        rows = self._read("data", source, "data.prompts", bad)
+        prompts, counts = load_prompts(data, rows, self._tokenizer(), bad)
         # the world numbers its prompts in random order already, and promises the last ones
         training, heldout = split_prompts(prompts, data.num_heldout, None if world else self.config.seed)
         write_prompts(folder / "prompts.jsonl", training)
         write_prompts(folder / "heldout.jsonl", heldout)
-        return counts
+        return {**counts, "bad_rows": bad[:NUM_TOLD_ROWS] if bad else []}
+
+    def _read(self, stage: str, source: DataFile, setting: str, bad: list[str] | None) -> list[Row]:
+        """Rows as ``read_rows``. RunError if they are others than those that the stage's fingerprint stands for."""
+        rows = read_rows(source, setting, bad=bad)
+        if self.config.world is None and file_fingerprint(source.path) != self.folder(stage).inputs["read"]:
+            raise RunError(f"{source.path} changed while it was read: run again")
+        return rows
 
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.paths.policy_base, trust_remote_code=self.config.trust_remote_code)
@@ -196,8 +214,10 @@ class Stages:
         config, tokenizer = self.config, self._tokenizer()
         counts: Mapping[str, object]
         if config.pairs.ready:
-            rows = read_rows(config.pairs.ready, "pairs.ready")
-            pairs, counts = load_pairs(config.data, rows, tokenizer, config.rollout.max_new_tokens)
+            bad = bad_rows(config.pairs.ready)
+            rows = self._read("pairs", config.pairs.ready, "pairs.ready", bad)
+            pairs, counts = load_pairs(config.data, rows, tokenizer, config.rollout.max_new_tokens, bad)
+            counts = {**counts, "bad_rows": bad[:NUM_TOLD_ROWS] if bad else []}
         else:
             pairs, counts = await sample_pairs(config, self.cluster, self.training_prompts(), tokenizer, self.show)
         training, heldout = split_pairs(pairs, config.pairs.heldout_share, config.seed)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ocrm_ray.config import RunConfig
 from ocrm_ray.config_file import dump_yaml
 from ocrm_ray.errors import RunError
+from ocrm_ray.whole_files import write_whole
 
 COMMAND = (sys.executable, "-m", "ocrm_ray", "run", "--resume")
 LOG = "run.log"
@@ -70,9 +71,8 @@ def _until(runs: Iterable[StudyRun], failed: Sequence[str]) -> Iterable[StudyRun
 
 async def _run(config: RunConfig) -> int:
     """One run in a process of its own; its exit status. Cancelled, it is ended as by Ctrl-C, and waited for."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     path = config.run_dir / "config.yaml"
-    path.write_text(dump_yaml(config), encoding="utf-8")
+    write_whole(path, [dump_yaml(config)])
     with (config.run_dir / LOG).open("ab") as log:
         # in a session of its own: Ctrl-C comes to this process alone, which then ends each run once
         starting = asyncio.create_task(

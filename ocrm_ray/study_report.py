@@ -15,6 +15,7 @@ from ocrm_ray.plots import draw_study, save
 from ocrm_ray.report import figure_text, render
 from ocrm_ray.run_files import Row, Run, correction_windows, read_run
 from ocrm_ray.seed_statistics import mean_interval, paired_bootstrap
+from ocrm_ray.whole_files import write_whole
 
 COLUMNS = {
     "gold_mean": ("gold at end", 2, "last evaluation"),
@@ -46,7 +47,7 @@ def write_study(study_dir: Path, plan: StudyConfig) -> Path:
         need = "finished ARM/seed-N/ run folders of the study's arms and seeds"
         raise mistake(str(study_dir), "none of the study's runs", need, "run `ocrm-ray study` first")
     study = summarise_study(plan, runs)
-    (study_dir / "study.json").write_text(json.dumps(study, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(study_dir / "study.json", [json.dumps(study, indent=2, allow_nan=False) + "\n"])
     save(draw_study({arm: list(of_arm.values()) for arm, of_arm in runs.items() if of_arm}), study_dir / "study.png")
     has_gold = any(run.has_gold for of_arm in runs.values() for run in of_arm.values())
     page = render(
@@ -58,7 +59,7 @@ def write_study(study_dir: Path, plan: StudyConfig) -> Path:
         rows=table_rows(study),
     )
     path = study_dir / "study.html"
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, [page])
     return path
 
 

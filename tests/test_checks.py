@@ -66,7 +66,7 @@ BLOCKING = "need nothing with schedule blocking: it promotes before the next upd
 BESIDE_WORLD = "need nothing beside world: remove it, or remove world"
 CONTRADICTIONS = {
     "sft.ready=a/b": f'sft.ready: got "a/b", {BESIDE_WORLD}',
-    "pairs.ready.path=p.json": 'pairs.ready: got {"path": "p.json", "split": "train", "limit": null}, '
+    "pairs.ready.path=p.json": 'pairs.ready: got {"path": "p.json", "split": "train", "limit": null, "on_b..., '
     f"{BESIDE_WORLD}",
     "gold={kind: function, path: 'a:b'}": f'gold: got {{"kind": "function", "path": "a:b"}}, {BESIDE_WORLD}',
     "pairs.behaviour=unknown": 'pairs.behaviour: got "unknown", need sft, since the pairs are sampled from it: '

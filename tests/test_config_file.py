@@ -383,6 +383,48 @@ def test_any_text_and_overrides_give_a_configuration_or_a_user_error(
     outcome_of(path, overrides)
 
 
+anything = st.text(st.characters(exclude_categories=[]), max_size=12)  # also halves of characters and controls
+deep = st.builds(lambda depth, key, end: f"{key}: " + "{a: " * depth + end, st.integers(0, 1200), keys, anything)
+
+
+@fuzzed
+@given(content=st.binary(max_size=80) | (anything | deep).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_any_bytes_give_a_configuration_or_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "bytes.yaml"
+    path.write_bytes(content)
+    outcome_of(path, [])
+
+
+@fuzzed
+@given(key=st.sampled_from(PATHS) | anything, value=anything | trees.map(yaml.dump), depth=st.integers(0, 3000))
+def test_any_override_gives_a_configuration_or_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: str, depth: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "sound.yaml"
+    path.write_text("name: x\nworld: {}")
+    outcome_of(path, [f"{key}={value}", ".".join([key] * depth) + "=1", key])
+
+
+@fuzzed
+@given(tree=st.dictionaries(keys, trees, max_size=4), base=trees, arms=trees | st.dictionaries(keys, trees, max_size=3))
+def test_any_study_gives_runs_or_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, tree: dict[object, object], base: object, arms: object
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "study.yaml"
+    path.write_text(yaml.dump({**tree, "name": "s", "base": base, "arms": arms}), encoding="utf-8")
+    outcome_of(path, [])
+
+
+@pytest.mark.parametrize("depth", [100, 150, 199, 200, 250, 600, 900, 3000])
+def test_a_tree_of_any_depth_gives_a_user_error(tmp_path: Path, depth: int) -> None:
+    (tmp_path / "c.yaml").write_text("name: x\nworld: " + "{a: " * depth + "}" * depth)
+    with pytest.raises(UserError) as caught:
+        load_any(tmp_path / "c.yaml", [])
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def outcome_of(path: Path, overrides: list[str]) -> None:
     try:
         config = load_any(path, overrides)

@@ -1,6 +1,8 @@
 import asyncio
+import itertools
 import json
 import math
+import resource
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +13,7 @@ from synthetic_runs import Clock, read_lines
 
 from ocrm_ray.metrics import BusyMeter, RunLog, StepRecord, gold_peak, summarise, summary_of
 from ocrm_ray.records import EvaluationReport
-from ocrm_ray.run_files import read_jsonl, rewound
+from ocrm_ray.run_files import JsonlWriter, read_jsonl, rewound
 
 
 def step(number: int, **fields: object) -> StepRecord:
@@ -176,6 +178,34 @@ def test_a_torn_last_line_is_passed_over_by_readers_and_cut_off_by_the_next_writ
     with RunLog(tmp_path, Clock()) as log:
         log.step(step(2))
     assert steps_of(tmp_path) == [1, 2]
+
+
+def test_a_full_disk_ends_the_run_and_costs_at_most_the_line_that_did_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    writer, limits = JsonlWriter(path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    numbers = itertools.count()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            [writer.write({"number": number, "text": "x" * 30}) for number in numbers]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    num_written = next(numbers) - 1
+    assert 10 < num_written < 30
+    assert path.stat().st_size == 1000
+    again = JsonlWriter(path)
+    again.write({"number": num_written})
+    again.close()
+    assert [row["number"] for row in read_jsonl(path)] == list(range(num_written + 1))
+
+
+def test_a_summary_that_the_disk_has_no_room_for_is_not_there(tmp_path: Path) -> None:
+    with RunLog(tmp_path, Clock()) as log:
+        log.step(step(1))
+    (tmp_path / "summary.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        summarise(tmp_path)
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_a_whole_last_line_counts_even_without_its_newline(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Against a second implementation: a plain Hugging Face forward of each sequence alone, in float64."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import Pool
-from ocrm_ray.errors import RunError
+from ocrm_ray.errors import RunError, UserError
 from ocrm_ray.networks import (
     CausalModel,
     checkpoint_layers,
@@ -299,3 +301,48 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside_it(tmp_path)
 def test_tokenizer_without_padding_pads_with_eos(tmp_path):
     build_tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path, trust_remote_code=False).pad_token_id == EOS
+
+
+def test_a_tokenizer_without_eos_is_refused_with_the_folder_that_lacks_it(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path, trust_remote_code=False)
+    assert str(caught.value) == (
+        f"sft: got '{tmp_path}', whose tokenizer has no EOS token, need one that has: "
+        "set eos_token in its tokenizer_config.json"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"model": 3}', "\0"])
+def test_a_tokenizer_that_cannot_be_loaded_is_a_mistake_of_one_line(tmp_path, text: str):
+    build_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="need a model with a tokenizer: correct the folder or Hub name") as caught:
+        load_tokenizer(tmp_path, trust_remote_code=False)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_reward_model])
+def test_pickled_weights_are_never_opened(tmp_path, load):
+    """The check reads local folders only: a Hub's model comes here first."""
+    opened = tmp_path / "opened"
+    folder = tmp_path / "lm"
+    model = LlamaForSequenceClassification(llama_config(num_labels=1)) if load is load_reward_model else build_policy()
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(str(opened))))
+    with pytest.raises(OSError, match="safetensors"):
+        load(folder, dtype="float32", trust_remote_code=False)
+    assert not opened.exists()
+
+
+class Trap:
+    """Its unpickling makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")

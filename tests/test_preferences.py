@@ -137,7 +137,8 @@ def test_a_transcript_answer_that_begins_the_other_one_keeps_its_prompt() -> Non
     beginning = "\n\nHuman: hello\n\nAssistant:"
     longer = beginning + " yes\n\nHuman: bye\n\nAssistant: no"
     tokenizer = words_tokenizer()
-    for rows in ([{"chosen": beginning + " yes", "rejected": longer}], [{"chosen": longer, "rejected": beginning}]):
+    short = beginning + " yes"
+    for rows in ([{"chosen": short, "rejected": longer}], [{"chosen": longer, "rejected": short}]):
         (pair,) = load(rows, tokenizer)
         assert pair.prompt_text == beginning
 
@@ -255,15 +256,6 @@ def test_no_usable_pair_is_refused_with_the_reasons() -> None:
     assert str(caught.value) == (
         "pairs.ready.path: got no usable pair in 1 rows (1 too long, 0 empty, 0 identical), "
         "need at least one pair: raise data.max_prompt_tokens, or use other pairs"
-    )
-
-
-def test_pairs_need_an_eos_token() -> None:
-    with pytest.raises(UserError) as caught:
-        load([CHAT_ROWS["strings"]], words_tokenizer(eos=None))
-    assert str(caught.value) == (
-        "sft: got a tokenizer without an EOS token, need a model whose tokenizer has one: "
-        "set eos_token in its tokenizer_config.json"
     )
 
 

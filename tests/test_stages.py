@@ -1,76 +1,16 @@
 """The stages before RL over a cluster that needs no networks: what is done, skipped, and done again."""
 
-import asyncio
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from offline_stages import run_stages, tiny_config
 
 from ocrm_ray import praise, stages
-from ocrm_ray.config import RunConfig
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.prompts import ShuffledEpochs, read_prompts
-from ocrm_ray.records import GenerationRequest, Sample, Sequence
 from ocrm_ray.stages import StageFolder, Stages, stage_paths
-
-EOS = 1
-
-
-class OfflineCluster:
-    """Samples by the request's seed, copies models instead of training them, and remembers what it was asked for."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.paths = stage_paths(config)
-        self.calls: list[str] = []
-        self.requests: list[GenerationRequest] = []
-
-    async def train_sft(self, show: object) -> dict[str, object]:
-        self.calls.append("sft")
-        shutil.copytree(self.paths.policy_base, self.paths.sft, dirs_exist_ok=True)
-        return {"loss": 0.25}
-
-    async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
-        self.requests.append(request)
-        samples = []
-        for index in range(request.num_samples):
-            rng = np.random.default_rng(request.seed + index)
-            response = (*rng.integers(3, len(praise.VOCABULARY), 4).tolist(), EOS)
-            sequence = Sequence(request.prompt.token_ids, response, True)
-            samples.append(Sample(sequence, np.zeros(5, dtype=np.float32), 0, 0))
-        return tuple(samples)
-
-    async def gold(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
-        self.calls.append("gold")
-        return praise.gold(prompts, responses, references)
-
-    async def train_reward(self, show: object) -> dict[str, object]:
-        self.calls.append("reward")
-        return {"loss": 0.5, "heldout_accuracy": 0.71}
-
-    async def behaviour_logprobs(self, num_pairs: int, show: object) -> np.ndarray:
-        self.calls.append("logprobs")
-        return np.arange(2 * num_pairs, dtype=np.float32).reshape(-1, 2)
-
-
-def tiny_config(output_dir: Path, **changes: object) -> RunConfig:
-    tree: dict[str, object] = {
-        "name": "tiny",
-        "output_dir": str(output_dir),
-        "seed": 5,
-        "world": {"num_prompts": 60},
-        "data": {"num_heldout": 10},
-        "pairs": {"num_pairs": 120, "labels": "argmax"},
-        "rollout": {"max_new_tokens": 13},
-    }
-    return RunConfig.model_validate(tree | changes)
-
-
-def run_stages(config: RunConfig) -> OfflineCluster:
-    cluster = OfflineCluster(config)
-    asyncio.run(Stages(config, cluster, lambda state: None).run())  # type: ignore[arg-type]
-    return cluster
 
 
 def test_the_accuracy_of_the_first_reward_model_is_kept_and_that_of_a_ready_one_not_known(tmp_path: Path) -> None:
@@ -120,7 +60,9 @@ def test_a_data_file_with_other_content_under_the_same_name_is_read_again(tmp_pa
     assert len(read_prompts(config.stage_root / "data" / "prompts.jsonl")) == 49
 
 
-def test_a_data_file_is_hashed_once_at_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_file_is_hashed_before_and_after_it_is_read_and_else_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashed: list[str] = []
     whole = stages.file_fingerprint
     monkeypatch.setattr(stages, "file_fingerprint", lambda name: hashed.append(name) or whole(name))
@@ -128,8 +70,9 @@ def test_a_data_file_is_hashed_once_at_a_start(tmp_path: Path, monkeypatch: pyte
     praise.write_world(world, tiny_config(tmp_path).world, seed=5)  # type: ignore[arg-type]
     data, model = str(world / "prompts.jsonl"), str(world / "policy")
     tree = {"world": None, "sft": {"ready": model}, "gold": {"kind": "function", "path": "ocrm_ray.praise:gold"}}
-    run_stages(tiny_config(tmp_path, **tree, data={"prompts": {"path": data}, "num_heldout": 10}))
-    assert hashed.count(data) == 1
+    for num_times in (2, 3):
+        run_stages(tiny_config(tmp_path, **tree, data={"prompts": {"path": data}, "num_heldout": 10}))
+        assert hashed.count(data) == num_times
 
 
 def test_a_strategy_without_ratios_needs_no_log_probs(tmp_path: Path) -> None:
