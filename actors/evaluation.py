@@ -55,20 +55,16 @@ class EvaluationActor:
     def gold_of(self, prompts: Seq[Prompt], sequences: Seq[Sequence]) -> list[float]:
         """As the protocol says."""
         references = [prompt.reference for prompt in prompts]
-        return self.gold([prompt.text for prompt in prompts], self._texts(sequences), references)
+        return self.gold([prompt.text for prompt in prompts], self._evaluator.texts(sequences), references)
 
     def clusters(self, groups: Seq[Seq[Sequence]]) -> list[list[int]]:
         """As the protocol says."""
         prompts = self._tokenizer.batch_decode([group[0].prompt_ids for group in groups], skip_special_tokens=True)
-        texts = iter(self._texts([sequence for group in groups for sequence in group]))
+        texts = iter(self._evaluator.texts([sequence for group in groups for sequence in group]))
         return [
             self._clusterer(prompt, [next(texts) for _ in group]).tolist()
             for prompt, group in zip(prompts, groups, strict=True)
         ]
-
-    def _texts(self, sequences: Seq[Sequence]) -> list[str]:
-        ids = [list(sequence.response_ids) for sequence in sequences]
-        return [text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def gold(self, prompts: list[str], responses: list[str], references: list[str | None]) -> list[float]:
         """Gold scores [N] of the responses."""

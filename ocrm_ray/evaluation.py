@@ -10,7 +10,7 @@ import numpy as np
 
 from ocrm_ray.gold import GoldScorer
 from ocrm_ray.judge import Judge
-from ocrm_ray.records import EvaluationReport, FloatArray, Prompt, Sample
+from ocrm_ray.records import EvaluationReport, FloatArray, Prompt, Sample, Sequence
 from ocrm_ray.sample_statistics import (
     PairOrder,
     Values,
@@ -57,7 +57,7 @@ class HeldoutEvaluator:
         first_proxy = [float(scores[0]) for scores in proxy]
         lengths = [len(sample.sequence.response_ids) for sample in first]
         words = [sample.sequence.response_ids[: -1 if sample.sequence.has_eos else None] for sample in first]
-        responses = [self._texts(prompt_samples) for prompt_samples in samples]
+        responses = [self.texts([each.sequence for each in prompt_samples]) for prompt_samples in samples]
         gold = None if self.gold is None else self._gold_scores(self.gold, responses)
         kl_sft, kl_sft_k3 = _mean_kl(first, sft_logprobs)
         kl_anchor, kl_anchor_k3 = _mean_kl(first, anchor_logprobs)
@@ -89,8 +89,9 @@ class HeldoutEvaluator:
         ]
         return report, rows
 
-    def _texts(self, samples: tuple[Sample, ...]) -> list[str]:
-        ids = [list(sample.sequence.response_ids) for sample in samples]
+    def texts(self, sequences: Seq[Sequence]) -> list[str]:
+        """Responses as gold reads them."""
+        ids = [list(sequence.response_ids) for sequence in sequences]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def _gold_scores(self, gold: GoldScorer, responses: list[list[str]]) -> list[list[float]]:

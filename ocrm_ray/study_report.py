@@ -35,7 +35,7 @@ Runs = Mapping[str, Mapping[int, Run]]
 
 
 def write_study(study_dir: Path, plan: StudyConfig) -> Path:
-    """Write ``study.json``, ``study.png`` and ``study.html``; returns the page's path.
+    """Write ``study.json``, ``study.md``, ``study.png`` and ``study.html``; returns the page's path.
 
     Runs without a summary yet are named as missing. UserError where there is none at all.
     """
@@ -48,6 +48,7 @@ def write_study(study_dir: Path, plan: StudyConfig) -> Path:
         raise mistake(str(study_dir), "none of the study's runs", need, "run `ocrm-ray study` first")
     study = summarise_study(plan, runs)
     write_whole(study_dir / "study.json", [json.dumps(study, indent=2, allow_nan=False) + "\n"])
+    write_whole(study_dir / "study.md", [markdown_table(study)])
     save(draw_study({arm: list(of_arm.values()) for arm, of_arm in runs.items() if of_arm}), study_dir / "study.png")
     has_gold = any(run.has_gold for of_arm in runs.values() for run in of_arm.values())
     page = render(
@@ -191,6 +192,13 @@ def _comparison_cells(against: Mapping[str, Any] | None) -> list[str]:
         return [f"{against['mean']:+.2f}", ""]
     low, high = against["interval"]
     return [f"{against['mean']:+.2f} ({low:+.2f} to {high:+.2f})", f"{against['share_above']:.1%}"]
+
+
+def markdown_table(study: Mapping[str, Any]) -> str:
+    """``study.json`` as a Markdown table."""
+    titles, *rows = table_titles(study), *table_rows(study)
+    marks = ["---", *["---:"] * (len(titles) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (titles, marks, *rows))
 
 
 def study_table(study: Mapping[str, Any]) -> str:

@@ -12,22 +12,28 @@ from matplotlib.image import imread
 from synthetic_runs import Shape, read_lines, write_run
 
 from ocrm_ray.config import StudyConfig
+from ocrm_ray.config_file import EARLY_STOPPING, load_study_config
 from ocrm_ray.errors import UserError
 from ocrm_ray.plots import draw_study, mean_over_seeds
 from ocrm_ray.run_files import read_run
 from ocrm_ray.seed_statistics import mean_interval, paired_bootstrap, student_quantile
 from ocrm_ray.study_report import (
     compare,
+    markdown_table,
     rewrite_study,
     stopped_figures,
     study_table,
     summarise_study,
+    table_rows,
     table_titles,
     write_study,
 )
 
 ARMS = {"none": Shape(num_updates=80, decline=0.3, correct=False), "ocrm": Shape(num_updates=80, decline=0.01)}
 SEEDS = (1, 2)
+ROOT = Path(__file__).parents[1]
+RESULTS = sorted((ROOT / "configs" / "study").glob("*.json"))
+"""Committed beside the studies that they are of."""
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +280,21 @@ def test_a_report_is_rebuilt_from_the_folder_alone(study_dir: Path, tmp_path: Pa
     (folder / "study.html").unlink()
     assert rewrite_study(folder) == folder / "study.html"
     assert ((folder / "study.json").read_text(), (folder / "study.html").read_text()) == before
+
+
+def test_the_markdown_table_has_the_same_cells_as_the_plain_one(study_dir: Path) -> None:
+    study = json.loads((study_dir / "study.json").read_text())
+    titles, marks, *rows = (study_dir / "study.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (titles, *rows)]
+    assert cells == [table_titles(study), *table_rows(study)]
+    assert marks.count("---") == len(cells[0])
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_table_in_the_readme_is_made_from_the_committed_results(path: Path) -> None:
+    study = json.loads(path.read_text(encoding="utf-8"))
+    assert study["name"] == path.stem
+    assert markdown_table(study) in (ROOT / "README.md").read_text(encoding="utf-8")
+    seeds = {arm: figures["seeds_planned"] for arm, figures in study["arms"].items() if arm != EARLY_STOPPING}
+    plan = load_study_config(path.with_suffix(".yaml"), [])
+    assert seeds == {arm: list(plan.seeds_of(arm)) for arm in plan.arms}
