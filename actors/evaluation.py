@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ocrm_ray.checkpoints import is_any
 from ocrm_ray.config import RunConfig
 from ocrm_ray.evaluation import HeldoutEvaluator, SampleRow
 from ocrm_ray.gold import load_gold
@@ -17,7 +16,7 @@ from ocrm_ray.records import EvaluationReport, Prompt, Sequence
 from ocrm_ray.response_clusters import load_clusterer
 
 SFT_GOLD = "sft_gold.json"
-"""In the run folder: gold of the first evaluation, with which a resumed run compares too."""
+"""In the run folder: gold of the first evaluation, with which a resumed run, or another process, compares too."""
 
 
 @dataclass(eq=False)
@@ -36,7 +35,7 @@ class EvaluationActor:
         gold = load_gold(config.gold, config.world, trust_remote_code=trust)
         self._evaluator = HeldoutEvaluator(self.prompts, tokenizer, gold, config.evaluation.num_samples_saved)
         self._sft_gold = config.run_dir / SFT_GOLD
-        if is_any(config.run_dir) and self._sft_gold.exists():
+        if self._sft_gold.exists():
             self._evaluator.sft_gold = np.array(json.loads(self._sft_gold.read_text()))
         if config.correction.strategy == "rlp_spg":
             self._clusterer = load_clusterer(config.correction.rlp_spg, self.tokenizer_path, trust_remote_code=trust)

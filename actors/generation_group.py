@@ -1,21 +1,24 @@
 """The generation pool over Ray: vLLM engines behind one queue, requests of one moment sent together.
 
 A request is bound to an engine only when one has room: a long response then holds up nobody behind it, and what is
-urgent overtakes what waits.
+urgent overtakes what waits. Those of an engine that dies wait again, for the others and for the one in its place.
 """
 
 import asyncio
+import contextlib
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
 from actors.ray_pool import RayPool
-from actors.remote_actor import RemoteActor, call_all
+from actors.remote_actor import RemoteActor
 from ocrm_ray.config import Deadlines
-from ocrm_ray.errors import DeadlineError
+from ocrm_ray.errors import ActorDiedError, DeadlineError
 from ocrm_ray.records import FloatArray, GenerationRequest, PolicyWeights, PublishReport, Sample, Sequence
 
 
@@ -26,6 +29,8 @@ class _Engine:
     actor: RemoteActor
     num_open_samples: int = 0
     collecting: asyncio.Task[None] | None = None
+    replacing: asyncio.Task[None] | None = None
+    is_up: bool = True
 
 
 @dataclass(eq=False, slots=True)
@@ -51,6 +56,10 @@ class RayGenerationPool(RayPool):
         self._open: dict[str, _OpenRequest] = {}
         self._is_dispatching = False
         self._submitting: set[asyncio.Task[None]] = set()
+        self._live: PolicyWeights | None = None
+        """What the engines have, unless it is the SFT model, or its place is being written again."""
+        self._has_loaded = False
+        self._weights = asyncio.Condition()
 
     async def generate(self, request: GenerationRequest) -> tuple[Sample, ...]:
         """As the protocol says; requests of one turn of the event loop reach an engine as one message."""
@@ -80,26 +89,47 @@ class RayGenerationPool(RayPool):
             return
         if self._submitting:  # never overtake the request itself
             await asyncio.wait(set(self._submitting))
-        await opened.engine.actor.call("abort", [request_id], deadline_s=self.deadlines.request_s)
+        with contextlib.suppress(ActorDiedError):  # who collects its answers sees that too
+            await opened.engine.actor.call("abort", [request_id], deadline_s=self.deadlines.request_s)
 
     async def load_weights(self, weights: PolicyWeights) -> PublishReport:
         """Every engine at once; the seconds of each part are those of the engine that took longest over it."""
         started = time.monotonic()
-        reports: list[PublishReport] = await call_all(
-            self.actors, "load_weights", weights, deadline_s=self.deadlines.publish_s
+        async with self._weights:  # an engine that comes up later takes these
+            self._live, self._has_loaded = weights, True
+            self._weights.notify_all()
+        reports: list[PublishReport] = await self._of_all_up(
+            lambda actor: actor.call("load_weights", weights, deadline_s=self.deadlines.publish_s)
         )
         parts = ("pause_s", "transfer_s", "repack_s")
         longest = {part: max(getattr(report, part) for report in reports) for part in parts}
         return replace(reports[0], seconds=time.monotonic() - started, **longest)
 
+    async def forget(self, weights: PolicyWeights) -> None:
+        """The weights' place is about to be written again: no engine that comes up reads it from now on."""
+        async with self._weights:
+            if self._live == weights:
+                self._live = None
+
     async def score(self, sequences: Seq[Sequence]) -> list[FloatArray]:
         """By every engine, one engine's answers after another's: any of them may have missed a publish."""
-        answers = await call_all(self.actors, "score", list(sequences), deadline_s=self.deadlines.request_s)
+        given, deadline_s = list(sequences), self.deadlines.request_s
+        answers = await self._of_all_up(lambda actor: actor.call("score", given, deadline_s=deadline_s))
         return [logprobs for answer in answers for logprobs in answer]
+
+    async def catch_up(self, actor: RemoteActor) -> None:
+        """Load what is live. If that is being replaced just now, what comes next."""
+        (engine,) = (engine for engine in self._engines if engine.actor is actor)
+        async with self._weights:
+            await self._weights.wait_for(lambda: self._live is not None or not self._has_loaded)
+            if self._live is not None:
+                await actor.call("load_weights", self._live, deadline_s=self.deadlines.publish_s)
+            engine.is_up = True
 
     async def close(self) -> None:
         """Cancel what is open, shut the engines down, so that no process of theirs is left, and end the actors."""
-        tasks = [*self._submitting, *(engine.collecting for engine in self._engines if engine.collecting is not None)]
+        of_engines = [task for engine in self._engines for task in (engine.collecting, engine.replacing) if task]
+        tasks = [*self._submitting, *of_engines]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -118,8 +148,11 @@ class RayGenerationPool(RayPool):
         self._is_dispatching = False
         batches: dict[_Engine, list[GenerationRequest]] = {}
         waiting = (opened for opened in self._open.values() if opened.engine is None)
+        engines = [engine for engine in self._engines if engine.is_up]
         for opened in sorted(waiting, key=lambda opened: opened.request.priority):
-            engine = min(self._engines, key=lambda engine: engine.num_open_samples)
+            if not engines:
+                break
+            engine = min(engines, key=lambda engine: engine.num_open_samples)
             num_samples = opened.request.num_samples
             if engine.num_open_samples and engine.num_open_samples + num_samples > self.max_open_samples:
                 break
@@ -132,8 +165,12 @@ class RayGenerationPool(RayPool):
             task.add_done_callback(self._submitting.discard)
 
     async def _submit(self, engine: _Engine, requests: list[GenerationRequest]) -> None:
+        num_replaced = engine.actor.num_replaced
         try:
             await engine.actor.call("submit", requests, deadline_s=self.deadlines.request_s)
+        except ActorDiedError as death:
+            self._lose(engine, num_replaced, death)
+            return
         except Exception as error:
             for request in requests:
                 self._settle(request.request_id, error)
@@ -143,13 +180,60 @@ class RayGenerationPool(RayPool):
 
     async def _collect(self, engine: _Engine) -> None:
         """Fetch answers while any is open. No deadline here: each ``generate`` keeps its own."""
+        num_replaced = engine.actor.num_replaced
         while engine.num_open_samples > 0:
             try:
                 answers = await engine.actor.call("collect", deadline_s=None)
             except Exception as error:
                 answers = [(key, error) for key, opened in self._open.items() if opened.engine is engine]
             for request_id, answer in answers:
+                if isinstance(answer, ActorDiedError):
+                    self._lose(engine, num_replaced, answer)
+                    return
                 self._settle(request_id, answer)
+
+    def _lose(self, engine: _Engine, num_replaced: int, death: ActorDiedError) -> None:
+        """An engine is dead: its requests wait again. ``num_replaced``: as it was when the engine was asked."""
+        if not engine.is_up or engine.actor.num_replaced > num_replaced:
+            return
+        engine.is_up, engine.num_open_samples = False, 0
+        for opened in self._open.values():
+            if opened.engine is engine:
+                opened.engine = None
+        engine.replacing = asyncio.create_task(self._replace(engine, num_replaced, death))
+        self._dispatch_soon()
+
+    async def _replace(self, engine: _Engine, num_replaced: int, death: ActorDiedError) -> None:
+        """Where the engine cannot be replaced, every open request fails with its death."""
+        try:
+            if self._live is not None and self._live.nccl is not None:
+                raise death  # the group of trainer and engines is made once
+            await self.replace(engine.actor, num_replaced, death)
+        except ActorDiedError as error:
+            for request_id in list(self._open):
+                self._settle(request_id, error)
+            raise
+        self._dispatch_soon()
+
+    async def _of_all_up(self, ask: Callable[[RemoteActor], Awaitable[Any]]) -> list[Any]:
+        """The answers of the engines that are up, in order; if none is, of those that come up."""
+        while True:
+            up = [engine for engine in self._engines if engine.is_up]
+            answers = await asyncio.gather(*(self._answer(engine, ask) for engine in up))
+            if answers := [answer for answer in answers if answer is not None]:
+                return answers
+            replacing = [engine.replacing for engine in self._engines if engine.replacing is not None]
+            done, _ = await asyncio.wait(replacing, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+
+    async def _answer(self, engine: _Engine, ask: Callable[[RemoteActor], Awaitable[Any]]) -> Any:
+        """None where the engine dies."""
+        num_replaced = engine.actor.num_replaced
+        try:
+            return await ask(engine.actor)
+        except ActorDiedError as death:
+            self._lose(engine, num_replaced, death)
 
     def _settle(self, request_id: str, answer: tuple[Sample, ...] | Exception) -> None:
         """Wake the request's ``generate``; one that was dropped meanwhile is no error."""

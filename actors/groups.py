@@ -5,20 +5,27 @@ Nothing here imports torch, vllm or deepspeed: actors are given by path and buil
 
 import asyncio
 import itertools
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from collections.abc import Sequence as Seq
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
+from ray.util.placement_group import PlacementGroup
 
 from actors.ray_pool import RayPool
-from actors.remote_actor import call_all
-from ocrm_ray.pools import Cluster, Evaluator, PolicyPool, RewardPool, ScoringPool
-from ocrm_ray.records import FloatArray, IntArray, PolicyWeights, Sequence
+from actors.remote_actor import RemoteActor
+from ocrm_ray.config import Deadlines
+from ocrm_ray.errors import ActorDiedError, RunError
+from ocrm_ray.pools import Cluster, Evaluator, PolicyPool
+from ocrm_ray.records import Calibration, FloatArray, IntArray, PolicyWeights, RefitReport, RefitRequest, Sequence
 
 PAIR_CHUNK = 512
 """Training pairs of one ``pair_logprobs`` message: what one deadline covers."""
-ALL, FIRST, ALL_BUT_LAST, LAST = slice(None), slice(1), slice(-1), slice(-1, None)
+ALL, ALL_BUT_LAST = slice(None), slice(-1)
+
+Message: TypeAlias = tuple[str, tuple[Any, ...]]
+"""A method and its arguments."""
 
 Item = TypeVar("Item")
 Parameters = ParamSpec("Parameters")
@@ -35,7 +42,7 @@ def asks(
     async def ask(pool: RayPool, /, *arguments: Parameters.args, **named: Parameters.kwargs) -> Answer:
         assert not named, f"{method.__name__}: arguments go to actors by position"
         deadline_s = getattr(pool.deadlines, deadline)
-        answers = await call_all(pool.actors[actors], method.__name__, *arguments, deadline_s=deadline_s)
+        answers = await pool.ask_all(pool.actors[actors], method.__name__, *arguments, deadline_s=deadline_s)
         first: Answer = answers[0]
         return first
 
@@ -52,7 +59,7 @@ async def score_spread(pool: RayPool, sequences: Seq[Sequence], by: str | tuple[
     """``score(share, by)`` of each actor but the last on its share of ``sequences``; idle actors are not asked."""
     actors, deadline_s = pool.actors[ALL_BUT_LAST], pool.deadlines.request_s
     shares = zip(actors, split_evenly(sequences, len(actors)), strict=False)
-    calls = (actor.call("score", share, by, deadline_s=deadline_s) for actor, share in shares)
+    calls = (pool.ask(actor, "score", share, by, deadline_s=deadline_s) for actor, share in shares)
     return list(await asyncio.gather(*calls))
 
 
@@ -61,11 +68,12 @@ class RayPolicyPool(RayPool):
 
     name = "policy"
     farewell = "close"
+    before_release: Callable[[PolicyWeights], Awaitable[None]] | None = None
+    """Told whose place is about to be written again."""
 
     update = asks(PolicyPool.update)
     learn_pairs = asks(PolicyPool.learn_pairs)
     export_weights = asks(PolicyPool.export_weights)
-    release_weights = asks(PolicyPool.release_weights)
     logprobs = asks(PolicyPool.logprobs)
     stage = asks(PolicyPool.stage)
     commit = asks(PolicyPool.commit)
@@ -74,20 +82,58 @@ class RayPolicyPool(RayPool):
     saved_snapshot = asks(PolicyPool.saved_snapshot)
     save = asks(PolicyPool.save)
 
+    async def release_weights(self, weights: PolicyWeights) -> None:
+        if self.before_release is not None:
+            await self.before_release(weights)
+        await self.ask_all(self.actors, "release_weights", weights, deadline_s=self.deadlines.request_s)
+
     async def send_weights(self, weights: PolicyWeights) -> None:
         if weights.nccl is not None:
             await self.actors[0].call("send_weights", weights, deadline_s=self.deadlines.publish_s)
 
 
-class RayScoringPool(RayPool):
+class StagingPool(RayPool):
+    """A pool whose actors, all but the last, hold a live network and a staged one."""
+
+    def __init__(self, actors: Seq[RemoteActor], group: PlacementGroup, deadlines: Deadlines) -> None:
+        super().__init__(actors, group, deadlines)
+        self._live: tuple[Message, ...] = ()
+        self._staged: tuple[Message, ...] = ()
+        self._captured: tuple[Message, ...] = ()
+
+    async def catch_up(self, actor: RemoteActor) -> None:
+        told = (*self._captured, *self._live, *self._staged) if actor in self.actors[ALL_BUT_LAST] else ()
+        for method, arguments in told:
+            await actor.call(method, *arguments, deadline_s=self.deadlines.request_s)
+
+    async def commit(self, promotion_id: str, version: int) -> None:
+        if self._staged and self._staged[0][1][0] == promotion_id:
+            self._live, self._staged = (*self._staged, ("commit", (promotion_id, version))), ()
+        await self._tell("commit", promotion_id, version)
+
+    async def _stage(self, method: str, promotion_id: str, *arguments: Any) -> Any:
+        self._staged = ((method, (promotion_id, *arguments)),)
+        return (await self._tell(method, promotion_id, *arguments))[0]
+
+    async def _tell(self, method: str, *arguments: Any) -> list[Any]:
+        return await self.ask_all(self.actors[ALL_BUT_LAST], method, *arguments, deadline_s=self.deadlines.request_s)
+
+
+class RayScoringPool(StagingPool):
     """``ScoringPool`` over ``ScoringActor``s: a batch is spread over all but the last, which scores pairs."""
 
     name = "scoring"
 
-    stage_anchor = asks(ScoringPool.stage_anchor, ALL_BUT_LAST)
-    commit = asks(ScoringPool.commit, ALL_BUT_LAST)
-    capture = asks(ScoringPool.capture, FIRST)
-    write_anchor = asks(ScoringPool.write_anchor, FIRST)
+    async def capture(self) -> None:
+        self._captured = (*self._live, ("capture", ()))
+        await self.ask(self.actors[0], "capture", deadline_s=self.deadlines.request_s)
+
+    async def write_anchor(self, folder: Path, anchor_version: int) -> None:
+        await self.ask(self.actors[0], "write_anchor", folder, anchor_version, deadline_s=self.deadlines.request_s)
+        self._captured = ()
+
+    async def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
+        await self._stage("stage_anchor", promotion_id, weights)
 
     async def score(self, sequences: Seq[Sequence], models: Seq[str] = ("live", "sft")) -> list[list[FloatArray]]:
         shares = await score_spread(self, sequences, tuple(models))
@@ -103,15 +149,15 @@ class RayScoringPool(RayPool):
         """Chunk after chunk on the background actor, so that scoring for the policy is never behind it."""
         background, deadline_s = self.actors[-1], self.deadlines.request_s
         if weights is not None:
-            await background.call("load_snapshot", weights, deadline_s=deadline_s)
+            await self.ask(background, "load_snapshot", weights, deadline_s=deadline_s)
         chunks = [
-            await background.call(method, weights, chunk, deadline_s=deadline_s)
+            await self.ask(background, method, weights, chunk, deadline_s=deadline_s)
             for chunk in (indices[start : start + PAIR_CHUNK] for start in range(0, len(indices), PAIR_CHUNK))
         ]
         return np.concatenate([np.zeros((0, 2), dtype=np.float32), *chunks])
 
 
-class RayRewardPool(RayPool):
+class RayRewardPool(StagingPool):
     """``RewardPool`` over ``RewardServer``s and, the last actor, one ``RewardRefitter``.
 
     Every server calibrates a staged model on the same set: the first one's answer is that of all.
@@ -119,9 +165,20 @@ class RayRewardPool(RayPool):
 
     name = "reward"
 
-    refit = asks(RewardPool.refit, LAST, "refit_s")
-    stage = asks(RewardPool.stage, ALL_BUT_LAST)
-    commit = asks(RewardPool.commit, ALL_BUT_LAST)
+    async def refit(self, request: RefitRequest) -> RefitReport:
+        """RunError where the refitter dies; another one is then there."""
+        refitter = self.actors[-1]
+        num_replaced = refitter.num_replaced
+        try:
+            report: RefitReport = await refitter.call("refit", request, deadline_s=self.deadlines.refit_s)
+        except ActorDiedError as error:
+            await self.replace(refitter, num_replaced, error)
+            raise RunError(f"{error}; another process has taken its place") from error
+        return report
+
+    async def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
+        calibration: Calibration = await self._stage("stage", promotion_id, refit)
+        return calibration
 
     async def score(self, sequences: Seq[Sequence], slot: str = "live") -> FloatArray:
         shares = await score_spread(self, sequences, slot)

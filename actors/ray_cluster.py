@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import sys
-from collections.abc import Awaitable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -113,7 +113,12 @@ class RayCluster:
             self._once(RayRewardPool),
             self._once(RayEvaluator),
         )
+        policy.before_release = generation.forget
         return Pools(generation, policy, scoring, reward, evaluator)
+
+    async def listen(self, emit: Callable[..., None]) -> None:
+        for starting in self._started.values():
+            (await starting).emit = emit
 
     async def close(self) -> None:
         """End every pool, also one that is only starting."""
@@ -127,9 +132,14 @@ class RayCluster:
         """The pool of this kind, started at the first call."""
         name = kind.name
         if name not in self._started:
-            starting: Awaitable[RayPool] = kind.start(self._specs(name), self.bundles[name], self.config.deadlines)
-            self._started[name] = asyncio.ensure_future(starting)
+            self._started[name] = asyncio.create_task(self._start(kind))
         return cast(PoolType, await asyncio.shield(self._started[name]))
+
+    async def _start(self, kind: type[RayPool]) -> RayPool:
+        pool = await kind.start(self._specs(kind.name), self.bundles[kind.name], self.config.deadlines)
+        # a rank of the trainer has what no other process knows
+        pool.max_replacements = 0 if kind is RayPolicyPool else self.config.faults.max_replacements
+        return pool
 
     async def _generation(self) -> RayGenerationPool:
         pool = await self._once(RayGenerationPool)

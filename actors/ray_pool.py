@@ -4,16 +4,17 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from actors.remote_actor import ActorSpec, RemoteActor, spawn
+from actors.remote_actor import ActorSpec, Place, RemoteActor
 from ocrm_ray.config import Deadlines, Pools
-from ocrm_ray.errors import DeadlineError
+from ocrm_ray.errors import ActorDiedError, DeadlineError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ def plan_bundles(pools: Pools) -> dict[str, list[Bundle]]:
 class RayPool:
     """The actors of a pool, in the order of their specs, in one placement group.
 
-    ``farewell`` is the method by which an actor ends what it has started, if it has one.
+    ``farewell`` is the method by which an actor ends what it has started, if it has one. An actor that died is replaced
+    by another process, ``max_replacements`` times; ``emit(event, **fields)`` is told.
     """
 
     name: ClassVar[str]
@@ -49,7 +51,11 @@ class RayPool:
     def __init__(self, actors: Seq[RemoteActor], group: PlacementGroup, deadlines: Deadlines) -> None:
         self.actors = tuple(actors)
         self.deadlines = deadlines
+        self.max_replacements = 0
+        """Of each actor."""
+        self.emit: Callable[..., None] = _log_event
         self._group = group
+        self._replacing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @classmethod
     async def start(cls, specs: Seq[ActorSpec], bundles: Seq[Bundle], deadlines: Deadlines) -> Self:
@@ -62,13 +68,49 @@ class RayPool:
         group = await place(cls.name, bundles, deadlines.start_s)
         actors: list[RemoteActor] = []
         try:
-            actors.extend(spawn(spec, group, bundle) for bundle, spec in enumerate(specs))
+            actors.extend(RemoteActor(spec, Place(group, bundle)) for bundle, spec in enumerate(specs))
             left_s = max(0.0, started + deadlines.start_s - time.monotonic())
             await asyncio.gather(*(_wait_until_ready(actor, left_s) for actor in actors))
         except BaseException:
             _end(actors, group)
             raise
         return cls(actors, group, deadlines)
+
+    async def ask(self, actor: RemoteActor, method: str, *arguments: Any, deadline_s: float) -> Any:
+        """As ``RemoteActor.call``; where the actor dies, the one in its place is asked again."""
+        while True:
+            num_replaced = actor.num_replaced
+            try:
+                return await actor.call(method, *arguments, deadline_s=deadline_s)
+            except ActorDiedError as error:
+                await self.replace(actor, num_replaced, error)
+
+    async def ask_all(self, actors: Seq[RemoteActor], method: str, *arguments: Any, deadline_s: float) -> list[Any]:
+        """The answers of all ``actors``, in their order; the first failure is raised."""
+        asked = (self.ask(actor, method, *arguments, deadline_s=deadline_s) for actor in actors)
+        return list(await asyncio.gather(*asked))
+
+    async def replace(self, actor: RemoteActor, num_replaced: int, death: ActorDiedError) -> None:
+        """Another process for an actor that died, once whoever finds it dead: ``num_replaced`` is what its finder saw.
+
+        Raises ``death`` where it was replaced as often as is allowed, or where it cannot be.
+        """
+        async with self._replacing[actor.role]:
+            if actor.num_replaced > num_replaced:
+                return
+            if num_replaced >= self.max_replacements:
+                raise death
+            started = time.monotonic()
+            self.emit("actor_died", actor=actor.role, error=str(death))
+            try:
+                await actor.replace(self.deadlines.start_s)
+                await self.catch_up(actor)
+            except Exception as error:
+                raise death from error
+            self.emit("actor_restarted", actor=actor.role, seconds=time.monotonic() - started)
+
+    async def catch_up(self, actor: RemoteActor) -> None:
+        """Tell a new process what the others of the pool were told since they started."""
 
     async def close(self) -> None:
         """End every actor, with 20 s for its farewell, and free the place.
@@ -105,6 +147,10 @@ async def place(pool: str, bundles: Seq[Bundle], deadline_s: float) -> Placement
                 f"free the cluster, add nodes, or lower pools.{pool}.num_actors, cpus_per_actor or gpus_per_actor"
             ) from None
         raise
+
+
+def _log_event(event: str, **fields: object) -> None:
+    logger.warning("%s %s", event, fields)
 
 
 def _shortage(bundles: Seq[Bundle]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from actors.generation_group import RayGenerationPool
 from actors.groups import RayPolicyPool, RayRewardPool, RayScoringPool
 from actors.ray_pool import RayPool
-from actors.remote_actor import ActorSpec, call_all
+from actors.remote_actor import ActorSpec
 from actors.session import ray_session
 from actors.timed import NUM_PAIRS
 from ocrm_ray.config import RunConfig
@@ -86,7 +86,7 @@ async def rehearse_over(config: RunConfig, pools: list[RayPool], folder: Path, s
         await Coordinator(config, timed, _training_data(config), log, clock).run()
     booked: Booked = defaultdict(list)
     for pool in pools:
-        for work in await call_all(pool.actors, "booked", deadline_s=config.deadlines.request_s):
+        for work in await pool.ask_all(pool.actors, "booked", deadline_s=config.deadlines.request_s):
             for kind, times in work.items():
                 booked[kind] += [(start - began, amount) for start, amount in times]
     return figures(config, read_run(folder), booked)

@@ -9,12 +9,11 @@ import os
 import pkgutil
 import re
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -106,12 +105,25 @@ class AsyncActorHost(ActorHost):
         return await getattr(self._actor, method)(*arguments)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Of an actor: a bundle of its pool's placement group."""
+
+    group: PlacementGroup
+    bundle: int
+
+
 class RemoteActor:
     """A spawned actor. Its handle never leaves this module."""
 
-    def __init__(self, role: str, handle: Any) -> None:
-        self.role = role
-        self._handle = handle
+    def __init__(self, spec: ActorSpec, place: Place) -> None:
+        """Start its process; ``start`` waits for it."""
+        self.role = spec.role
+        self.num_replaced = 0
+        """Processes before this one."""
+        self._spec = spec
+        self._place = place
+        self._handle = _spawn(spec, place)
 
     async def start(self, deadline_s: float) -> None:
         """Build the actor in its process and wait until it is ready."""
@@ -135,6 +147,13 @@ class RemoteActor:
         finally:
             running.cancel()
 
+    async def replace(self, deadline_s: float) -> None:
+        """Another process in the same place, as it was after ``start``; the old one, if it is alive, is ended."""
+        self.kill()
+        self.num_replaced += 1
+        self._handle = _spawn(self._spec, self._place)
+        await self.start(deadline_s)
+
     def kill(self) -> None:
         """End the process at once."""
         ray.kill(self._handle)
@@ -145,7 +164,7 @@ class RemoteActor:
                 return await answer
         except RayTaskError as error:
             raise _own_error(error, f"{self.role}.{method}") from None
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError) as error:  # lost: with the process that had put it there
             raise ActorDiedError(f"actor {self.role} died during {method}: {error}") from error
         except TimeoutError as error:
             assert deadline.expired(), "Ray wraps a TimeoutError of the actor's own in RayTaskError"
@@ -155,31 +174,26 @@ class RemoteActor:
 def _own_error(error: RayTaskError, call: str) -> BaseException:
     """What the actor itself raised; its traceback there becomes a note."""
     traceback = _COLOUR.sub("", str(error))
+    if isinstance(error.cause, ObjectLostError):
+        return ActorDiedError(f"{call} needs what a process that died had put into Ray's store: {error.cause}")
     if not isinstance(error.cause, Exception) or isinstance(error.cause, RayError):
         return RunError(f"{call} failed with an error that cannot be sent: {traceback}")
     error.cause.add_note(f"raised in {call}:\n{traceback}")
     return error.cause
 
 
-async def call_all(actors: Seq[RemoteActor], method: str, *arguments: object, deadline_s: float) -> list[Any]:
-    """The answers of all ``actors``, in their order; the first failure is raised."""
-    return list(await asyncio.gather(*(actor.call(method, *arguments, deadline_s=deadline_s) for actor in actors)))
-
-
-def spawn(spec: ActorSpec, group: PlacementGroup, bundle: int) -> RemoteActor:
-    """Start the process of an actor in bundle number ``bundle`` of ``group``; ``RemoteActor.start`` waits for it."""
+def _spawn(spec: ActorSpec, place: Place) -> Any:
     host = AsyncActorHost if spec.asynchronous else ActorHost
-    resources = group.bundle_specs[bundle]
-    handle = (
+    resources = place.group.bundle_specs[place.bundle]
+    return (
         ray.remote(host)
         .options(
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0.0),
             **({} if spec.asynchronous else {"max_concurrency": spec.concurrency}),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, place.bundle),
             runtime_env={"env_vars": actor_environment(spec, os.environ)},
         )
         # secrets travel as an argument: Ray writes runtime environments to its logs
         .remote(spec, {name: os.environ[name] for name in (*_SECRETS, *spec.secrets) if name in os.environ})
     )
-    return RemoteActor(spec.role, handle)

@@ -64,7 +64,7 @@ class Pools(Section):
 
 
 class Deadlines(Section):
-    """Longest waits before the run ends with an error."""
+    """Longest waits. What passes one of the first four is taken for dead, as ``faults`` says."""
 
     start_s: PositiveFloat = 300.0
     """For the actors of a pool to be placed and ready."""
@@ -74,6 +74,8 @@ class Deadlines(Section):
     """For the engines to take new weights."""
     refit_s: PositiveFloat = 3600.0
     """For one refit of the reward model."""
+    progress_s: PositiveFloat = 7200.0
+    """For one update, with all that it waits for; then the run ends and says what each pool is asked for."""
 
 
 class Lease(Section):

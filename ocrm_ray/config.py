@@ -262,8 +262,17 @@ class Checkpoint(Section):
     """Policy updates between checkpoints; the last policy is always saved."""
     num_kept: PositiveInt = 2
     """The newest so many checkpoints stay."""
+
+
+class Faults(Section):
+    """What a run survives. Every wait has its deadline in ``deadlines``."""
+
+    max_replacements: NonNegativeInt = 3
+    """How often an actor whose process died gets another, which takes over its work; each engine, scorer, reward
+    server, refitter and the evaluator counts for itself."""
     max_restarts: NonNegativeInt = 3
-    """How often the run goes back to its newest checkpoint after one of its processes died or hung; then it ends."""
+    """How often the run goes back to its newest checkpoint over new processes, after a rank of the trainer died, an
+    actor could not be replaced, or one hung; then it ends."""
 
 
 class RunConfig(Section):
@@ -295,6 +304,7 @@ class RunConfig(Section):
     guards: Guards = Guards()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
     pools: Pools = Pools()
     publish: Publish = Publish()
     deadlines: Deadlines = Deadlines()

@@ -29,6 +29,7 @@ from ocrm_ray.records import PolicyWeights, Prompt, Rollout, Sample, Sequence, U
 from ocrm_ray.rollout_pump import RolloutPump
 from ocrm_ray.rollout_scoring import RolloutScorer, ScoreVersions
 from ocrm_ray.step_metrics import TRAIN, StepClock, metered, step_record
+from ocrm_ray.watchdog import Watchdog
 from ocrm_ray.weight_publisher import Exported, WeightPublisher
 
 
@@ -55,7 +56,7 @@ class Coordinator:
         self.config = config
         self.data = data
         self.log = log
-        self.pools, meters = metered(pools, clock)
+        self.pools, meters, calls = metered(pools, clock)
         self.step_clock = StepClock(clock, meters)
         rule = config.correction
         saved = self.saved = data.saved
@@ -72,8 +73,11 @@ class Coordinator:
         self.publisher = WeightPublisher(self.pools.generation, self.pools.policy, config.probe, log.event)
         self.heldout = HeldoutPolicy(config, self.pools, data.heldout, log, self.publisher.release)
         self.correction: asyncio.Task[Candidate | None] | None = None
+        self.anchor_version: int | None = None
+        """Of the weights that are held for a scorer that dies: the live anchor, once it has moved."""
         self.checkpointing: asyncio.Task[None] | None = None
         self.stopping = asyncio.Event()
+        self.watchdog = Watchdog(config.deadlines.progress_s, calls)
 
     async def run(self, stopping: asyncio.Event | None = None) -> bool:
         """All updates, or those until ``stopping`` is set and a checkpoint behind them; whether it was all.
@@ -83,7 +87,7 @@ class Coordinator:
         self.stopping = stopping or self.stopping
         try:
             async with asyncio.TaskGroup() as tasks:
-                pumps = self._pumps(tasks)
+                pumps = [*self._pumps(tasks), tasks.create_task(self.watchdog.watch())]
                 await self._optimise(tasks)
                 is_all = await self._finish()
                 self._abandon(pumps)
@@ -169,10 +173,18 @@ class Coordinator:
             candidate = self.correction.result()
             lag_steps = self.correction_clock.finish(step)
             await self.corrector.commit(candidate, step, lag_steps)
-            await self.publisher.release(step - lag_steps)
+            await self._release_snapshot(step - lag_steps, candidate)
             self.correction = None
         elif self.correction_clock.may_promote(step + 1):
             self.corrector.near()
+
+    async def _release_snapshot(self, version: int, candidate: Candidate | None) -> None:
+        """Nobody reads the snapshot any more, unless it has become the anchor."""
+        freed: int | None = version
+        if candidate is not None and self.config.correction.kl_reference == "moving":
+            freed, self.anchor_version = self.anchor_version, version
+        if freed is not None:
+            await self.publisher.release(freed)
 
     async def _correct(self, tasks: asyncio.TaskGroup, step: int) -> None:
         """Start a correction for pi_step if one is due and none is in flight; ``blocking`` also ends it here."""
@@ -204,6 +216,7 @@ class Coordinator:
             num_rescored_late=self.scorer.num_rescored_late,
             num_deferred_corrections=self.correction_clock.num_deferred,
         )
+        self.watchdog.progress()
         self.log.step(step_record(self.log.elapsed_s(), self.scorer.live, batch, update, fields))
         self.corrector.guards.check_update(update)
 

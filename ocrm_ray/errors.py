@@ -51,5 +51,9 @@ class DeadlineError(RunError):
     """A wait took longer than its deadline allows."""
 
 
+class StalledError(RunError):
+    """A run makes no progress."""
+
+
 class ActorDiedError(RunError):
     """An actor of a pool died."""

@@ -52,5 +52,6 @@ class OfflineCoordinator(Coordinator):
             **of_update(update),
             **fields,
         )
+        self.watchdog.progress()
         self.log.step(record)
         self.corrector.guards.check_update(update)

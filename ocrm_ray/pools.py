@@ -197,5 +197,8 @@ class Cluster(Protocol):
     async def pools(self) -> Pools:
         """The pools of RL, ready: the policy is the SFT model at version 0, the first reward model is live."""
 
+    async def listen(self, emit: Callable[..., None]) -> None:
+        """``emit(event, **fields)`` is told from now on what becomes of the pools' processes."""
+
     async def close(self) -> None:
         """End every process."""

@@ -65,7 +65,7 @@ async def run_with_restarts(
     config: RunConfig, start: Callable[[Checkpoint | None], Cluster], show: Show, stopping: asyncio.Event
 ) -> dict[str, object] | None:
     """``run_to_the_end`` over a cluster from ``start``; after the death of a process over another one, from the newest
-    checkpoint, at most ``checkpoint.max_restarts`` times. Whatever happens, the cluster is closed.
+    checkpoint, at most ``faults.max_restarts`` times. Whatever happens, the cluster is closed.
 
     UserError, before anything is written, where another run is alive in the folder.
     """
@@ -78,7 +78,7 @@ async def run_with_restarts(
             try:
                 return await run_to_the_end(config, cluster, show, stopping, restarts)
             except (ActorDiedError, DeadlineError) as error:
-                if len(restarts) == config.checkpoint.max_restarts:
+                if len(restarts) == config.faults.max_restarts:
                     raise
                 restarts.append(str(error))
             finally:
@@ -104,6 +104,7 @@ async def run_to_the_end(
         if saved or restarts:
             checkpoint = {"checkpoint": saved.folder.name, "refused": saved.refused} if saved else {}
             log.event("resumed", step=max(last_step, 0), restarts=restarts, **checkpoint)
+        await cluster.listen(log.event)
         kind = OfflineCoordinator if config.policy.is_offline else Coordinator
         data = training_data(config, stages, saved, len(restarts) + 1)
         if not await kind(config, pools, data, log, time.monotonic).run(stopping):

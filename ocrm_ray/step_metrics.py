@@ -7,9 +7,10 @@ from statistics import fmean
 from typing import Any, cast
 
 from ocrm_ray.metrics import POOLS, STAGES, BusyMeter, StepRecord
-from ocrm_ray.pools import GenerationPool, PolicyPool, Pools, RewardPool, ScoringPool
+from ocrm_ray.pools import Evaluator, GenerationPool, PolicyPool, Pools, RewardPool, ScoringPool
 from ocrm_ray.records import Rollout, UpdateReport
 from ocrm_ray.rollout_scoring import ScoreVersions
+from ocrm_ray.watchdog import OpenCalls
 
 TRAIN = "train"
 ROLLOUT_SCORING = "rollout_scoring"
@@ -26,10 +27,15 @@ _OF_UPDATE = (
 
 
 class _Metered:
-    """Any pool; every method is awaited under ``meter``, or under the meters that ``by_method`` names for it."""
+    """The pool ``name``; every call is open in ``calls`` while it is awaited, under ``meter`` or under the meters that
+    ``by_method`` names for it."""
 
-    def __init__(self, pool: object, meter: BusyMeter, **by_method: tuple[BusyMeter, ...]) -> None:
+    def __init__(
+        self, pool: object, name: str, calls: OpenCalls, meter: BusyMeter, **by_method: tuple[BusyMeter, ...]
+    ) -> None:
         self._pool = pool
+        self._name = name
+        self._calls = calls
         self._meter = meter
         self._by_method = by_method
 
@@ -40,23 +46,25 @@ class _Metered:
             async with AsyncExitStack() as requests:
                 for meter in self._by_method.get(name, (self._meter,)):
                     await requests.enter_async_context(meter.request())
+                requests.enter_context(self._calls.call(self._name, name))
                 return await method(*args)
 
         return metered
 
 
-def metered(pools: Pools, clock: Callable[[], float]) -> tuple[Pools, dict[str, BusyMeter]]:
-    """The pools of a run, each behind its meter, and the meters."""
+def metered(pools: Pools, clock: Callable[[], float]) -> tuple[Pools, dict[str, BusyMeter], OpenCalls]:
+    """The pools of a run, each behind its meter, the meters, and the calls without an answer."""
+    calls = OpenCalls(clock)
     meters = {name: BusyMeter(clock) for name in (*POOLS, ROLLOUT_SCORING, PUBLISHING)}
     generation, policy, scoring, reward, scores, publishes = meters.values()
     behind = Pools(
-        cast(GenerationPool, _Metered(pools.generation, generation, load_weights=(publishes,))),
-        cast(PolicyPool, _Metered(pools.policy, policy, send_weights=(publishes,))),
-        cast(ScoringPool, _Metered(pools.scoring, scoring, score=(scoring, scores))),
-        cast(RewardPool, _Metered(pools.reward, reward, score=(reward, scores))),
-        pools.evaluator,
+        cast(GenerationPool, _Metered(pools.generation, "generation", calls, generation, load_weights=(publishes,))),
+        cast(PolicyPool, _Metered(pools.policy, "policy", calls, policy, send_weights=(publishes,))),
+        cast(ScoringPool, _Metered(pools.scoring, "scoring", calls, scoring, score=(scoring, scores))),
+        cast(RewardPool, _Metered(pools.reward, "reward", calls, reward, score=(reward, scores))),
+        cast(Evaluator, _Metered(pools.evaluator, "evaluation", calls, BusyMeter(clock))),
     )
-    return behind, meters
+    return behind, meters, calls
 
 
 class StepClock:

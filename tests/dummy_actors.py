@@ -14,10 +14,10 @@ from ocrm_ray.records import Calibration, PublishReport, RefitReport, Sample, Se
 HANG, FAIL, DIE, UNSENDABLE = "hang", "fail", "die", "unsendable"
 
 
-def answer_to(request):
+def answer_to(request, version):
     """Samples that tell which request they answer: the seed is the response."""
     sequence = Sequence(request.prompt.token_ids, (request.seed,), has_eos=True)
-    return (Sample(sequence, np.zeros(1, dtype=np.float32), 0, 0),) * request.num_samples
+    return (Sample(sequence, np.zeros(1, dtype=np.float32), version, version),) * request.num_samples
 
 
 class DummyEngine:
@@ -28,6 +28,7 @@ class DummyEngine:
         self.grave = grave
         self.submitted = []
         self.aborted = []
+        self.version = 0
 
     async def start(self):
         self.finished = asyncio.Queue()
@@ -40,7 +41,7 @@ class DummyEngine:
             if request.prompt.text == FAIL:
                 self.finished.put_nowait((request.request_id, LookupError(request.request_id)))
             elif request.prompt.text != HANG:
-                self.finished.put_nowait((request.request_id, answer_to(request)))
+                self.finished.put_nowait((request.request_id, answer_to(request, self.version)))
 
     async def collect(self):
         return [await self.finished.get()]
@@ -55,6 +56,7 @@ class DummyEngine:
         return os.getpid()
 
     async def load_weights(self, weights):
+        self.version = weights.version
         return PublishReport(weights.version, weights.num_bytes, seconds=0.0, pause_s=self.pause_s)
 
     async def score(self, sequences):
@@ -106,9 +108,28 @@ class DummyScorer:
         self.number = number
         self.snapshot = None
         self.chunks = []
+        self.told = []
 
     def start(self):
         pass
+
+    def process_id(self):
+        return os.getpid()
+
+    def stage_anchor(self, promotion_id, weights):
+        self.told.append(("stage_anchor", promotion_id, weights.version))
+
+    def commit(self, promotion_id, version):
+        self.told.append(("commit", promotion_id, version))
+
+    def capture(self):
+        self.told.append(("capture",))
+
+    def write_anchor(self, folder, anchor_version):
+        self.told.append(("write_anchor", anchor_version))
+
+    def memory(self):
+        return self.told
 
     def close(self):
         pass
@@ -146,11 +167,13 @@ class DummyRewardServer:
 
 
 class DummyRefitter:
-    """``RewardRefitter`` that takes its time."""
+    """``RewardRefitter`` that takes its time; a negative seed is its death."""
 
     def start(self):
         pass
 
     def refit(self, request):
+        if request.seed < 0:
+            os._exit(1)
         time.sleep(0.5)
         return RefitReport(request.reward_version, Path(), 0.0, 1.0, 0.5)

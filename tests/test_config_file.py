@@ -217,7 +217,9 @@ BAD_RUNS = {
     "policy: {lr: 1}": "policy.lr: got an unknown key, need policy.learning_rate: correct the key",
     "policy: {max_lagg: 1}": "policy.max_lagg: got an unknown key, need correction.max_lag: correct the key",
     "learning_rat: 1": "learning_rat: got an unknown key, need sft.learning_rate: correct the key",
-    "checkpoint: {zzz: 1}": "checkpoint.zzz: got an unknown key, need one of every: remove it or choose one of these",
+    "checkpoint: {zzz: 1}": (
+        "checkpoint.zzz: got an unknown key, need one of every, num_kept: remove it or choose one of these"
+    ),
     "world: []": "world: got [], need a mapping: change it",
     "stages_dir: 3": "stages_dir: got 3, need text: write it in quotes",
     "data: {prompts: {}}": "data.prompts.path: got nothing, need a value: add it",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from virtual_runs import events, metrics, run
 
 from ocrm_ray.config import Correction
+from ocrm_ray.errors import StalledError
 from ocrm_ray.judge import JudgeStatistics
 from ocrm_ray.records import Rollout
 
@@ -194,6 +195,24 @@ def test_two_copies_of_the_weights_are_enough_where_nothing_holds_one(tmp_path: 
     fakes = FakePools(generation=FakeGeneration(publish_s=3.0))
     run(tiny_run(**{"correction.every": 100, "evaluation.every": 100}), fakes, tmp_path)
     assert fakes.policy.most_exported == 2
+
+
+def test_a_moved_anchor_s_weights_are_kept_for_scorers_that_die_until_the_next_one_is_live(tmp_path: Path) -> None:
+    fakes = FakePools()
+    keys = {"correction.kl_reference": "moving", "correction.promote_after": 2, "evaluation.every": 100}
+    run(tiny_run(**keys), fakes, tmp_path)
+    assert [row["anchor_version"] for row in events(tmp_path, "promoted")] == [4, 8]
+    assert fakes.policy.exported == [8, 12]
+
+
+def test_a_run_without_progress_ends_and_says_what_each_pool_is_asked_for(tmp_path: Path) -> None:
+    fakes = FakePools(policy=FakePolicy(update_s=lambda version: 1.0 if version < 3 else 1e6))
+    with pytest.raises(StalledError) as caught:
+        run(tiny_run(**{"deadlines.progress_s": 50.0, "correction.strategy": "none"}), fakes, tmp_path)
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2, 3]
+    assert str(caught.value).endswith(
+        "generation: nothing; policy: 1 update (for 50 s); scoring: nothing; reward: nothing; evaluation: nothing"
+    )
 
 
 def test_only_the_reward_is_scored_again_where_only_the_reward_model_changes(tmp_path: Path) -> None:

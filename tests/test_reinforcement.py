@@ -87,7 +87,7 @@ def test_what_a_run_without_a_checkpoint_had_written_is_gone_before_it_begins_ag
 def test_too_many_deaths_and_errors_of_another_kind_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: list[Exception], message: str
 ) -> None:
-    config = tiny_run(**{"output_dir": str(tmp_path), "checkpoint.max_restarts": 2})
+    config = tiny_run(**{"output_dir": str(tmp_path), "faults.max_restarts": 2})
     with pytest.raises(RunError, match=message):
         restart(config, errors, monkeypatch)
 
@@ -102,6 +102,9 @@ class Instant:
         if self.log is not None:
             self.log.hold(0)
         return True
+
+
+async def no_listener(emit: object) -> None: ...
 
 
 async def no_pools() -> None:
@@ -123,7 +126,7 @@ def test_a_run_whose_report_could_not_be_written_has_no_summary_and_is_not_done(
     config.run_dir.mkdir(parents=True)
 
     def run() -> None:
-        cluster: Any = SimpleNamespace(pools=no_pools, saved=None)
+        cluster: Any = SimpleNamespace(pools=no_pools, saved=None, listen=no_listener)
         asyncio.run(reinforcement.run_to_the_end(config, cluster, lambda state: None, asyncio.Event()))
 
     with pytest.raises(OSError, match="No space left"):

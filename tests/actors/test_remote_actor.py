@@ -9,7 +9,7 @@ import pytest
 
 from actors import remote_actor
 from actors.ray_cluster import RayCluster
-from actors.remote_actor import ActorHost, ActorSpec, spawn
+from actors.remote_actor import ActorHost, ActorSpec, Place, RemoteActor
 from ocrm_ray.config import RunConfig
 from ocrm_ray.prompts import write_prompts
 
@@ -37,10 +37,10 @@ def test_secrets_travel_as_an_argument_and_only_those_that_the_actor_needs(monke
         monkeypatch.setenv(name, f"value of {name}")
     group: Any = SimpleNamespace(bundle_specs=[{"CPU": 0.1}])
     spec = ActorSpec("evaluation-0", "math:pi", (), 1, secrets=("TRIBUNAL_KEY", "UNSET_KEY"))
-    spawn(spec, group, 0)
+    RemoteActor(spec, Place(group, 0))
     assert recorder.secrets == {name: f"value of {name}" for name in ("HF_TOKEN", "TRIBUNAL_KEY")}
     assert "value of" not in f"{recorder.environment}{recorder.spec}"
-    spawn(replace(spec, secrets=()), group, 0)
+    RemoteActor(replace(spec, secrets=()), Place(group, 0))
     assert recorder.secrets.keys() == {"HF_TOKEN"}
 
 
@@ -56,7 +56,7 @@ def test_of_the_pools_only_the_evaluator_gets_the_judges_key(tmp_path: Path) -> 
     gold = {"kind": "judge", "base_url": "http://h", "model_name": "m", "api_key_env": "TRIBUNAL_KEY"}
     config = RunConfig.model_validate({"name": "x", "output_dir": tmp_path, "gold": gold, "sft": {"ready": "m"}})
     write_prompts(tmp_path / "x" / "stages" / "data" / "heldout.jsonl", [])
-    cluster = RayCluster(config, tmp_path)
+    cluster = RayCluster(config, tmp_path, None)
     specs = {pool: cluster._specs(pool) for pool in ("scoring", "reward", "evaluation")}
     assert [spec.secrets for spec in specs.pop("evaluation")] == [("TRIBUNAL_KEY",)]
     assert {spec.secrets for pool in specs.values() for spec in pool} == {()}
