@@ -26,7 +26,7 @@ from ocrm_ray.metrics import RunLog
 from ocrm_ray.pools import Pools
 from ocrm_ray.prompts import ShuffledEpochs
 from ocrm_ray.records import PolicyWeights, Prompt, Rollout, Sample, Sequence, UpdateReport
-from ocrm_ray.rollout_pump import RolloutPump
+from ocrm_ray.rollout_pump import RolloutPump, rollout_numbers
 from ocrm_ray.rollout_scoring import RolloutScorer, ScoreVersions
 from ocrm_ray.step_metrics import TRAIN, StepClock, metered, step_record
 from ocrm_ray.watchdog import Watchdog
@@ -113,7 +113,7 @@ class Coordinator:
             await self._promote(step)
             await self._correct(tasks, step)
             self._evaluate(tasks, step)
-            self._record(batch, update)
+            self._record(batch, update, rollout_numbers(rollouts))
             if await self._checkpoint(tasks, step):
                 return
 
@@ -209,7 +209,7 @@ class Coordinator:
             self.log.hold(step)
             self.heldout.begin(tasks, step, self.publisher.hold() if step > 0 else None, self.publishing)
 
-    def _record(self, batch: list[Rollout], update: UpdateReport) -> None:
+    def _record(self, batch: list[Rollout], update: UpdateReport, numbers: tuple[int, ...]) -> None:
         fields = self.step_clock.close(
             straggler_wait_s=self.buffer.straggler_wait_s,
             num_reissued=self.buffer.num_reissued,
@@ -217,6 +217,7 @@ class Coordinator:
             num_deferred_corrections=self.correction_clock.num_deferred,
         )
         self.watchdog.progress()
+        fields["rollouts"] = numbers
         self.log.step(step_record(self.log.elapsed_s(), self.scorer.live, batch, update, fields))
         self.corrector.guards.check_update(update)
 

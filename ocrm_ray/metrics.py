@@ -46,6 +46,7 @@ class StepRecord:
     reward_version: int
     anchor_version: int
     rollout_version_min: int | None = None  # of the oldest token trained on
+    rollouts: Sequence[int] | None = None  # trained on, by number: N-th prompt of all shuffled epochs, from 0
     reward_mean: float | None = None
     kl_sft: float | None = None
     kl_anchor: float | None = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ocrm_ray.checkpoints import RunState
@@ -14,6 +15,11 @@ from ocrm_ray.rollout_scoring import RolloutScorer
 
 ROLLOUT = "rollout-"
 """Before the number of a rollout: its request's name. The same number is the same prompt with the same seeds."""
+
+
+def rollout_numbers(slot_ids: Iterable[str]) -> tuple[int, ...]:
+    """Of slots of the buffer, in order."""
+    return tuple(sorted(int(slot_id.removeprefix(ROLLOUT)) for slot_id in slot_ids))
 
 
 @dataclass(slots=True)
@@ -63,7 +69,7 @@ class RolloutPump:
     @property
     def outstanding(self) -> tuple[int, ...]:
         """Numbers of the rollouts that were asked for and are not with the trainer."""
-        return tuple(sorted(int(slot_id.removeprefix(ROLLOUT)) for slot_id in self.buffer.waiting()))
+        return rollout_numbers(self.buffer.waiting())
 
     @property
     def requests(self) -> "list[asyncio.Task[None]]":

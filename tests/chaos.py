@@ -1,0 +1,300 @@
+"""Kills the processes of one run, role after role, and looks whether anything was lost.
+
+    python tests/chaos.py [--kills 30] [--seed 1] [--undisturbed 3] [--folder FOLDER]
+
+A two-node Ray cluster on loopback, of this machine's own processes, carries one run on the embedded world. Every few
+updates a process gets SIGKILL while it works: an engine's worker, a generation actor, a scorer, the ratios' scorer, a
+reward server, the refitter, the trainer, the evaluator, the coordinator, the driver (which is started again with
+``--resume``), the second node's raylet (which is started again). Exit status 0 if the run reached its last update, each
+prompt was trained on exactly once an epoch in the lineage that survived, and gold at the end is within the interval of
+undisturbed runs on the same stages; else 1.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import psutil
+import yaml
+
+from ocrm_ray.run_files import read_run
+from ocrm_ray.seed_statistics import student_quantile
+
+ROOT = Path(__file__).parent.parent
+LOOPBACK = "127.0.0.1"
+POLL_S = 0.02
+PATIENCE_S = 900.0
+"""For a role to be seen at work, and for the next update."""
+TITLES = {
+    "engine": "VLLM::EngineCore",
+    "generation": "ray::generation-",
+    "scoring": "ray::scoring-",
+    "ratios": "ray::ratios",
+    "reward": "ray::reward-",
+    "refit": "ray::refit",
+    "policy": "ray::policy-",
+    "evaluation": "ray::evaluation-",
+    "coordinator": "ray::coordinator",
+}
+"""What the title of a role's process begins with while it works."""
+WORLD = {
+    "world": {"kind": "praise", "num_prompts": 400},
+    "data": {"num_heldout": 48},
+    "sft": {"num_epochs": 2},
+    "pairs": {"num_pairs": 1000},
+    "reward": {"num_calibration": 128},
+    "rollout": {"prompts_per_step": 8, "samples_per_prompt": 4, "max_new_tokens": 13},
+    "correction": {"every": 5, "promote_after": 3, "kl_reference": "moving"},
+    "checkpoint": {"every": 4},
+    "evaluation": {"every": 10, "num_prompts": 48, "num_pair_prompts": 16, "num_samples_saved": 4},
+    "faults": {"max_replacements": 1000, "max_restarts": 1000},
+    "deadlines": {"request_s": 300, "start_s": 300},
+    "lease": {"heartbeat_s": 0.5, "num_missed": 6},
+}
+
+
+@dataclass
+class Nodes:
+    """Raylets on loopback; ``environment`` makes a driver connect to them. Without any, a driver has its own Ray."""
+
+    folder: Path
+    num_nodes: int
+    environment: dict[str, str] = field(default_factory=dict)
+    raylets: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+
+    def start(self) -> None:
+        if not self.num_nodes:
+            return
+        with socket.socket() as free:
+            free.bind((LOOPBACK, 0))
+            address = f"{LOOPBACK}:{free.getsockname()[1]}"
+        port = address.rpartition(":")[2]
+        self._ray("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self.folder}")
+        self.environment = {"RAY_ADDRESS": address}
+        for _ in range(1, self.num_nodes):
+            self._ray(f"--address={address}")
+
+    def restart_second(self) -> None:
+        self._ray(f"--address={self.environment['RAY_ADDRESS']}")
+
+    def stop(self) -> None:
+        for raylet in self.raylets:
+            end(tree(raylet.pid))
+
+    def _ray(self, *arguments: str) -> None:
+        """One node in the foreground, as a process that dies with all that it has."""
+        program = Path(sys.executable).with_name("ray")
+        command = [program, "start", f"--node-ip-address={LOOPBACK}", "--num-cpus=2", "--block", *arguments]
+        with (self.folder / f"node-{len(self.raylets)}.log").open("wb") as log:
+            environment = {**environment_of_runs(), "RAY_ENABLE_RAY_CLUSTER": "0"}
+            self.raylets.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+
+
+@dataclass
+class Driver:
+    """``ocrm-ray run``, again and again until it is done."""
+
+    config: Path
+    run_dir: Path
+    nodes: Nodes
+    process: "subprocess.Popen[bytes] | None" = None
+    num_starts: int = 0
+
+    def start(self) -> None:
+        self.num_starts += 1
+        command = [sys.executable, "-m", "ocrm_ray", "run", "--resume", str(self.config)]
+        with (self.config.parent / "driver.log").open("ab") as log:
+            environment = {**environment_of_runs(), **self.nodes.environment}
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def keep_going(self) -> bool:
+        """Start it again if it has ended too soon; False once the run is done."""
+        if (self.run_dir / "summary.json").exists():
+            return False
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        return True
+
+    def num_steps(self) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return len((self.run_dir / "metrics.jsonl").read_bytes().splitlines())
+        return 0
+
+    def processes(self) -> list[psutil.Process]:
+        """Of the driver, and of the cluster that it has or uses."""
+        pids = [raylet.pid for raylet in self.nodes.raylets] + ([self.process.pid] if self.process else [])
+        return [process for pid in pids for process in tree(pid)]
+
+
+def environment_of_runs() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def wait_for(what: str, found: Callable[[], Any], driver: Driver) -> Any:
+    """The first true answer; None once the run is done. TimeoutError if it does not come."""
+    give_up = time.monotonic() + PATIENCE_S
+    while not (answer := found()):
+        if not driver.keep_going():
+            return None
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"no {what} within {PATIENCE_S:g} s")
+        time.sleep(POLL_S)
+    return answer
+
+
+def kill(role: str, driver: Driver) -> bool:
+    """SIGKILL for a process of the role, at work; False where the run was done before."""
+    if role == "driver":
+        assert driver.process is not None
+        victim = psutil.Process(driver.process.pid)
+    elif role == "raylet":
+        victim = next(p for p in tree(driver.nodes.raylets[-1].pid) if "raylet/raylet" in title(p))
+    else:
+        victim = wait_for(
+            f"process of {role} at work",
+            lambda: next((p for p in driver.processes() if title(p).startswith(TITLES[role])), None),
+            driver,
+        )
+    if victim is None:
+        return False
+    victim.kill()
+    if role == "driver":
+        assert driver.process is not None
+        driver.process.wait()
+    if role == "raylet":
+        end(tree(driver.nodes.raylets[-1].pid))
+        driver.nodes.restart_second()
+    return True
+
+
+def disturb(driver: Driver, roles: list[str], every: int) -> list[str]:
+    """Kill one role after another, ``every`` lines of metrics apart, then wait for the end; what was killed."""
+    killed: list[str] = []
+    for role in roles:
+        goal = driver.num_steps() + every
+        if not wait_for("progress", lambda goal=goal: driver.num_steps() >= goal, driver) or not kill(role, driver):
+            break
+        killed.append(role)
+        print(f"{len(killed):3d}. {role:12s} after {driver.num_steps()} lines of metrics", flush=True)
+    give_up = time.monotonic() + PATIENCE_S
+    while driver.keep_going():
+        if time.monotonic() > give_up:
+            raise TimeoutError("the run does not come to its end")
+        time.sleep(0.2)
+    assert driver.process is not None
+    driver.process.wait(timeout=120)
+    return killed
+
+
+def losses(run_dir: Path, config: dict[str, Any]) -> list[str]:
+    """What is wrong with the lineage that survived."""
+    rows = [row for row in read_run(run_dir).metrics if row["step"] > 0]
+    num_updates, batch = config["policy"]["num_updates"], config["rollout"]["prompts_per_step"]
+    found = []
+    if [row["step"] for row in rows] != list(range(1, num_updates + 1)):
+        found.append(f"steps {[row['step'] for row in rows]}")
+    trained = sorted(number for row in rows for number in row["rollouts"])
+    if trained != list(range(num_updates * batch)):
+        found.append(f"{len(set(trained))} different rollouts among {len(trained)}, not {num_updates * batch} in order")
+    return found
+
+
+def gold_of(run_dir: Path) -> float:
+    return float(json.loads((run_dir / "summary.json").read_text())["gold_mean"])
+
+
+@contextlib.contextmanager
+def driven(folder: Path, name: str, config: dict[str, Any], num_nodes: int) -> Iterator[Driver]:
+    """A driver over its nodes; at the end nothing of either is left."""
+    path = folder / f"{name}.yaml"
+    tree_ = config | {"name": name, "output_dir": str(folder / "runs"), "stages_dir": str(folder / "stages")}
+    path.write_text(yaml.safe_dump(tree_))
+    with tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp") as short:  # sockets have short paths
+        nodes = Nodes(Path(short), num_nodes)
+        driver = Driver(path, folder / "runs" / name, nodes)
+        try:
+            nodes.start()
+            yield driver
+        finally:
+            end(driver.processes())
+            nodes.stop()
+
+
+def draw_roles(num_kills: int, num_nodes: int, seed: int) -> list[str]:
+    """Every role as often as the others, in an order drawn for each round."""
+    roles = [*TITLES, "driver", *(["raylet"] if num_nodes > 1 else [])]
+    drawn, generator = [], random.Random(seed)
+    while len(drawn) < num_kills:
+        drawn += generator.sample(roles, len(roles))
+    return drawn[:num_kills]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--undisturbed", type=int, default=3, help="runs that gold is compared with")
+    parser.add_argument("--every", type=int, default=5, help="updates between two kills")
+    parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    config = WORLD | {"policy": {"num_updates": arguments.kills * arguments.every + 10}}
+    golds = []
+    for number in range(arguments.undisturbed):
+        with driven(folder, f"calm-{number}", config, num_nodes=0) as driver:
+            disturb(driver, [], arguments.every)
+            golds.append(gold_of(driver.run_dir))
+    with driven(folder, "chaos", config, num_nodes=2) as driver:
+        started = time.monotonic()
+        killed = disturb(driver, draw_roles(arguments.kills, 2, arguments.seed), arguments.every)
+        found = losses(driver.run_dir, config)
+        gold = gold_of(driver.run_dir)
+        print(f"{len(killed)} kills, {driver.num_starts} starts of the driver, {time.monotonic() - started:.0f} s")
+    if len(killed) < arguments.kills:
+        found.append(f"only {len(killed)} of {arguments.kills} kills before the run was done")
+    if len(golds) > 1:
+        # Student's interval, 95 %, of one more run like them
+        spread = student_quantile(len(golds) - 1) * stdev(golds) * (1 + 1 / len(golds)) ** 0.5
+        print(f"gold {gold:.3f}; undisturbed {fmean(golds):.3f} +- {spread:.3f}: {[round(each, 3) for each in golds]}")
+        if abs(gold - fmean(golds)) > spread:
+            found.append(f"gold {gold:.3f} is not like that of undisturbed runs")
+    print("\n".join(found) or "nothing was lost")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
