@@ -27,7 +27,7 @@ LAUNCHERS = {"cli.py", "launcher.py", "study.py"}
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_PARAMETERS = 6
-MAX_TOTAL_LINES = 10_000
+MAX_TOTAL_LINES = 13_000
 """Of those that are not blank; three issues fill 8,100 of them, and 10,000 with blank lines."""
 
 
