@@ -28,7 +28,7 @@ MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_PARAMETERS = 6
 MAX_TOTAL_LINES = 13_000
-"""Of those that are not blank; three issues fill 8,100 of them, and 10,000 with blank lines."""
+"""Of those that are not blank. The design asked for 10,000; five issues fill 11,100."""
 
 
 def name_of(path: Path) -> str:
