@@ -201,14 +201,22 @@ def kill(role: str, driver: Driver) -> bool:
 
 
 def disturb(driver: Driver, roles: list[str], every: int) -> list[str]:
-    """Kill one role after another, ``every`` lines of metrics apart, then wait for the end; what was killed."""
+    """Kill one role after another, ``every`` lines of metrics apart, then wait for the end; what was killed.
+
+    Says of each how many seconds later the next update was done: with one that was under way already, or by others.
+    """
     killed: list[str] = []
     for role in roles:
         goal = driver.num_steps() + every
         if not wait_for("progress", lambda goal=goal: driver.num_steps() >= goal, driver) or not kill(role, driver):
             break
         killed.append(role)
-        print(f"{len(killed):3d}. {role:12s} after {driver.num_steps()} lines of metrics", flush=True)
+        killed_at, num_steps = time.monotonic(), driver.num_steps()
+        wait_for("update", lambda goal=num_steps: driver.num_steps() > goal, driver)
+        seconds = time.monotonic() - killed_at
+        print(
+            f"{len(killed):3d}. {role:12s} after {num_steps} lines of metrics, next {seconds:5.1f} s later", flush=True
+        )
     give_up = time.monotonic() + PATIENCE_S
     while driver.keep_going():
         if time.monotonic() > give_up:
@@ -229,6 +237,15 @@ def losses(run_dir: Path, config: dict[str, Any]) -> list[str]:
     trained = sorted(number for row in rows for number in row["rollouts"])
     if trained != list(range(num_updates * batch)):
         found.append(f"{len(set(trained))} different rollouts among {len(trained)}, not {num_updates * batch} in order")
+    return found
+
+
+def replacements(run_dir: Path) -> dict[str, list[float]]:
+    """Seconds from finding an actor dead until another process had taken its place, by role."""
+    found: dict[str, list[float]] = {}
+    for row in read_run(run_dir).events:
+        if row["event"] == "actor_restarted":
+            found.setdefault(row["actor"], []).append(row["seconds"])
     return found
 
 
@@ -283,6 +300,8 @@ def main() -> int:
         killed = disturb(driver, draw_roles(arguments.kills, 2, arguments.seed), arguments.every)
         found = losses(driver.run_dir, config)
         gold = gold_of(driver.run_dir)
+        for role, seconds in replacements(driver.run_dir).items():
+            print(f"{role}: at work again after {', '.join(f'{each:.1f}' for each in seconds)} s")
         print(f"{len(killed)} kills, {driver.num_starts} starts of the driver, {time.monotonic() - started:.0f} s")
     if len(killed) < arguments.kills:
         found.append(f"only {len(killed)} of {arguments.kills} kills before the run was done")
