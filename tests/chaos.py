@@ -215,7 +215,7 @@ def disturb(driver: Driver, roles: list[str], every: int) -> list[str]:
         wait_for("update", lambda goal=num_steps: driver.num_steps() > goal, driver)
         seconds = time.monotonic() - killed_at
         print(
-            f"{len(killed):3d}. {role:12s} after {num_steps} lines of metrics, next {seconds:5.1f} s later", flush=True
+            f"{len(killed):3d}. {role:12s} after {num_steps} lines, next {seconds:5.1f} s later", flush=True
         )
     give_up = time.monotonic() + PATIENCE_S
     while driver.keep_going():
