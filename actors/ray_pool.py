@@ -79,7 +79,8 @@ class RayPool:
     async def ask(self, actor: RemoteActor, method: str, *arguments: Any, deadline_s: float) -> Any:
         """As ``RemoteActor.call``; where the actor dies, the one in its place is asked again."""
         while True:
-            num_replaced = actor.num_replaced
+            async with self._replacing[actor.role]:  # a new process is asked only once it has caught up
+                num_replaced = actor.num_replaced
             try:
                 return await actor.call(method, *arguments, deadline_s=deadline_s)
             except ActorDiedError as error:

@@ -214,9 +214,7 @@ def disturb(driver: Driver, roles: list[str], every: int) -> list[str]:
         killed_at, num_steps = time.monotonic(), driver.num_steps()
         wait_for("update", lambda goal=num_steps: driver.num_steps() > goal, driver)
         seconds = time.monotonic() - killed_at
-        print(
-            f"{len(killed):3d}. {role:12s} after {num_steps} lines, next {seconds:5.1f} s later", flush=True
-        )
+        print(f"{len(killed):3d}. {role:12s} after {num_steps} lines, next {seconds:5.1f} s later", flush=True)
     give_up = time.monotonic() + PATIENCE_S
     while driver.keep_going():
         if time.monotonic() > give_up:

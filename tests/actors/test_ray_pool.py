@@ -1,7 +1,12 @@
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from actors.ray_pool import describe_shortage, plan_bundles
-from ocrm_ray.config import GenerationPool, Pool, Pools
+from actors.ray_pool import RayPool, describe_shortage, plan_bundles
+from ocrm_ray.config import Deadlines, GenerationPool, Pool, Pools
+from ocrm_ray.errors import ActorDiedError
 
 CPU = {"CPU": 0.1}
 GPU = {"CPU": 0.1, "GPU": 1.0}
@@ -44,3 +49,52 @@ def test_bundles_of_a_plan_do_not_share_one_dictionary():
 def test_shortage_names_what_was_asked_for_and_what_is_free():
     text = describe_shortage([GPU, CPU], free={"CPU": 1.5}, total={"CPU": 2.0, "GPU": 0.0, "memory": 9.0})
     assert text == "asked for 2 bundles (0.1 CPU, 1 GPU + 0.1 CPU), the cluster has free 1.5 of 2 CPU, 0 of 0 GPU"
+
+
+class MortalActor:
+    """Dead until its replacement has caught up; remembers what its processes were asked, and when."""
+
+    role = "scoring-0"
+
+    def __init__(self) -> None:
+        self.num_replaced = 0
+        self.asked: list[tuple[int, str]] = []
+        self.may_start = asyncio.Event()
+
+    async def call(self, method: str, deadline_s: float) -> str:
+        self.asked.append((self.num_replaced, method))
+        await asyncio.sleep(0)
+        if self.num_replaced == 0:
+            raise ActorDiedError("dead")
+        return method
+
+    async def replace(self, deadline_s: float) -> None:
+        self.num_replaced += 1
+        await self.may_start.wait()
+
+
+class CatchingUp(RayPool):
+    name = "scoring"
+
+    async def catch_up(self, actor: Any) -> None:
+        await actor.call("catch up", deadline_s=1.0)
+
+
+def test_a_process_in_the_place_of_a_dead_one_is_asked_nothing_before_it_has_caught_up() -> None:
+    async def play() -> tuple[list[str], list[tuple[int, str]]]:
+        actor: Any = MortalActor()
+        pool = CatchingUp([actor], SimpleNamespace(), Deadlines())  # type: ignore[arg-type]
+        pool.max_replacements = 1
+        first = asyncio.create_task(pool.ask(actor, "score", deadline_s=1.0))
+        while actor.num_replaced == 0:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(pool.ask(actor, "commit", deadline_s=1.0))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        actor.may_start.set()
+        return [await first, await second], actor.asked
+
+    answers, asked = asyncio.run(play())
+    assert answers == ["score", "commit"]
+    assert asked[:2] == [(0, "score"), (1, "catch up")]
+    assert sorted(asked[2:]) == [(1, "commit"), (1, "score")]
