@@ -257,6 +257,17 @@ def test_the_policy_and_the_monitor_select_the_pods_of_the_jobs_and_ports_that_t
         assert all(endpoint["port"] in names for endpoint in monitor["spec"]["podMetricsEndpoints"] for names in ports)
 
 
+def test_the_instructions_name_the_images_resources_and_labels_of_the_manifests() -> None:
+    text = (DEPLOY / "README.md").read_text()
+    for kind in KINDS:
+        for group in groups(job(kind)):
+            resources = ", ".join(f"`{name}`" for name in node_resources(group))
+            named = "all five" if set(node_resources(group)) == {*POOLS, EVALUATION} else resources
+            label = f"ocrm-pool: {group['labels']['ocrm-pool']}"
+            assert re.search(rf"^\| {named} \| `{group['groupName']}`.* \| `{label}` \|$", text, re.MULTILINE), named
+    assert containers(job("cpu"))[0]["image"] in text
+
+
 def test_no_manifest_is_left_out_of_the_kustomizations() -> None:
     listed = {manifest["kind"] + manifest["metadata"]["name"] for kind in KINDS for manifest in manifests(kind)}
     files = [path for path in KUBERAY.rglob("*.yaml") if path.name != "kustomization.yaml"]

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -105,6 +107,24 @@ def test_every_scraped_name_is_in_the_table_and_what_was_never_known_is_not_ther
     names = {name for name, _ in scraped}
     assert names <= {figure.exported for figure in FIGURES}
     assert names.isdisjoint({"ray_ocrm_logprob_gap", "ray_ocrm_value_loss", "ray_ocrm_gold_win_rate"})
+
+
+def test_ray_offers_every_figure_under_the_name_in_the_table() -> None:
+    code = """
+from prometheus_client import generate_latest
+from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder
+
+from actors.ray_metrics import FIGURES
+
+node = OpenTelemetryMetricRecorder()
+for figure in FIGURES:
+    (node.register_counter_metric if figure.is_count else node.register_gauge_metric)(figure.name, "")
+    node.set_metric_value(figure.name, {"run": "a"}, 1)
+print(generate_latest().decode())
+"""
+    text = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    offered = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+    assert {figure.exported for figure in FIGURES} <= offered
 
 
 def test_no_two_figures_share_a_name() -> None:
