@@ -14,7 +14,6 @@ RUN = "run"
 """Tag of every metric: the run's folder."""
 PARTS = {"stage_s": "stage", "idle_share": "pool"}
 """Figures of a step that have a value for each stage or pool, and the tag that tells which."""
-EVENTS = "ocrm_events"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ FIGURES = (
     *(Figure("promoted", field, f"ocrm_correction_{field}") for field in ("ess_fraction", "refit_s", "lag_steps")),
     *(Figure("weights_published", field, f"ocrm_weights_{field}") for field in ("seconds", "pause_s")),
     Figure("weights_published", "bytes", "ocrm_weights_bytes", is_count=True),
-    Figure("*", "event", EVENTS, is_count=True, tag="event"),
+    Figure("*", "event", "ocrm_events", is_count=True, tag="event"),
 )
 """All that a run exports; the last one counts every kind of event."""
 
