@@ -14,10 +14,12 @@ import ray
 from actors.generation import engine_environment
 from actors.generation_group import RayGenerationPool
 from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
+from actors.ray_metrics import RunMetrics
 from actors.ray_pool import RayPool, plan_bundles
 from actors.remote_actor import ActorSpec
 from ocrm_ray.checkpoints import Checkpoint, reward_folder
 from ocrm_ray.config import RunConfig
+from ocrm_ray.metrics import Observer
 from ocrm_ray.networks import context_length
 from ocrm_ray.pools import Pools, Show
 from ocrm_ray.progress import ProgressState
@@ -58,8 +60,9 @@ class RayCluster:
     Engines, scorers and the evaluator that a stage started are the ones that RL goes on with.
     """
 
-    def __init__(self, config: RunConfig, shared_memory: Path, saved: Checkpoint | None) -> None:
+    def __init__(self, config: RunConfig, shared_memory: Path, observe: Observer, saved: Checkpoint | None) -> None:
         """``saved``: from which the pools of a resumed run go on."""
+        self.observe = observe
         self.config = config
         self.saved = saved
         self.paths = stage_paths(config)
@@ -221,7 +224,8 @@ class RunActor:
 
     async def run(self) -> dict[str, object] | None:
         """The whole run; returns its summary, None if it was to ``finish``. Whatever happens, the pools are ended."""
-        start = functools.partial(RayCluster, self._config, self._shared_memory)
+        metrics = RunMetrics(str(self._config.run_dir))
+        start = functools.partial(RayCluster, self._config, self._shared_memory, metrics.observe)
         self._running = asyncio.create_task(run_with_restarts(self._config, start, self._show, self._stopping))
         try:
             return await self._running
