@@ -36,7 +36,7 @@ class Figure:
 
 
 _STEP_COUNTS = ("rollout_tokens", "skipped_steps", "reissued", "rescored_late", "deferred_corrections")
-_NO_NUMBERS = ("judge", "rm_accuracy_by_gap", "rm_pairs_by_gap")
+_NO_NUMBERS = ("rollouts", "judge", "rm_accuracy_by_gap", "rm_pairs_by_gap")
 
 
 def _of_step(field: str) -> Figure:
@@ -45,7 +45,7 @@ def _of_step(field: str) -> Figure:
 
 
 FIGURES = (
-    *(_of_step(f.name) for f in fields(StepRecord)),
+    *(_of_step(f.name) for f in fields(StepRecord) if f.name not in _NO_NUMBERS),
     *(Figure(EVALUATION, field, f"ocrm_{column}") for field, column in EVALUATED.items() if field not in _NO_NUMBERS),
     *(Figure("promoted", field, f"ocrm_correction_{field}") for field in ("ess_fraction", "refit_s", "lag_steps")),
     *(Figure("weights_published", field, f"ocrm_weights_{field}") for field in ("seconds", "pause_s")),
