@@ -44,7 +44,7 @@ def ray_session(run: str) -> Iterator[Path]:
     options = _options(os.environ.get("RAY_ADDRESS"))
     with shared_folder(run) as folder:
         try:
-            _initialise(namespace=f"ocrm-{run}", log_to_driver=False, **options)
+            _initialise(namespace=f"ocrm-{run}", log_to_driver=_is_job(), **options)
             # Ray's own handler, set by init, exits from inside the event loop and then aborts now and again
             signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
             if on_sigint is signal.SIG_IGN:  # as in a shell's job in the background: SIGTERM must still end it
@@ -81,6 +81,11 @@ def _address_error(got: str, need: str, do: str) -> UserError:
     return mistake("RAY_ADDRESS", f"{os.environ['RAY_ADDRESS']!r} ({got})", need, do)
 
 
+def _is_job() -> bool:
+    """Whether this is a submitted job: Ray has unpacked the working directory everywhere, and people read its log."""
+    return RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
+
+
 def _options(address: str | None) -> dict[str, Any]:
     """Of ``ray.init``: for the cluster at ``address``, or for a local one."""
     folders = [str(next(iter(package.__path__))) for package in (ocrm_ray, actors)]
@@ -90,8 +95,8 @@ def _options(address: str | None) -> dict[str, Any]:
         # else Ray takes 127.0.0.1 for another address of the machine, and the ports of a local cluster listen on every
         # interface; on Linux there is no public switch
         ray_constants.ENABLE_RAY_CLUSTER = False
-    if address:  # in a submitted job Ray has unpacked the working directory on every node
-        return {} if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ else {"runtime_env": {"py_modules": folders}}
+    if address:
+        return {} if _is_job() else {"runtime_env": {"py_modules": folders}}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     search_path = dict.fromkeys([*map(os.path.dirname, folders), os.environ.get("PYTHONPATH")])
     return {
