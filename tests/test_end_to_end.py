@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -57,18 +58,21 @@ def shared_folders() -> set[Path]:
 
 
 def ocrm_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the program in a process of its own; it must succeed and leave nothing in shared memory."""
+    """Run the program in a process of its own; it must succeed and leave no shared or temporary file."""
     shared_before = shared_folders()
-    done = subprocess.run(
-        [sys.executable, "-m", "ocrm_ray", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # sockets have short paths
+        done = subprocess.run(
+            [sys.executable, "-m", "ocrm_ray", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": temporary},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        left = [path.name for path in Path(temporary).iterdir()]
     assert done.returncode == 0, done.stdout + done.stderr
     assert shared_folders() <= shared_before
+    assert left == []
     return done
 
 
