@@ -18,11 +18,14 @@ import ocrm_ray
 from actors.shared_memory import shared_folder
 from ocrm_ray.errors import UserError, mistake
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"
 LOCAL_FOLDER = Path(f"/tmp/ray-{os.getuid()}")
 """Of a local cluster's sockets and logs: short, since socket paths have at most 107 characters, and the user's own."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local cluster: sequences and log-probs pass through it, weights do not."""
+_TOO_SLOW = "timed out during startup"
 CONNECT_S = 10.0
 """For the cluster at RAY_ADDRESS to accept a connection."""
 
@@ -57,12 +60,20 @@ def ray_session(run: str) -> Iterator[Path]:
 
 
 def _initialise(**options: Any) -> None:
-    """Ray's own log lines below errors are not shown."""
-    try:
-        ray.init(logging_level=logging.ERROR, **options)
-    except ConnectionError as error:
-        do = "set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
-        raise _address_error("a refusal", "a cluster that lets this program in", do) from error
+    """Ray's own log lines below errors are not shown. Ray gives its processes 30 s to start: on a busy machine more are
+    needed, which is asked for by starting again."""
+    for is_last in (False, False, True):
+        try:
+            ray.init(logging_level=logging.ERROR, **options)
+            return
+        except ConnectionError as error:
+            do = "set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
+            raise _address_error("a refusal", "a cluster that lets this program in", do) from error
+        except Exception as error:
+            if is_last or _TOO_SLOW not in str(error):
+                raise
+            logger.warning("Ray was not ready within 30 s: starting it again")
+            ray.shutdown()
 
 
 def _require_listener(address: str) -> None:
