@@ -56,6 +56,7 @@ class RolloutPump:
         self._numbers = itertools.chain(saved.outstanding if saved else (), itertools.count(self.num_issued))
         self._attempts: dict[str, Attempt] = {}
         self._finished: asyncio.Queue[tuple[str, Rollout]] = asyncio.Queue()
+        self._collecting = asyncio.Lock()
         self._may_issue = asyncio.Event()
         self._may_issue.set()
         self._tasks: asyncio.TaskGroup | None = None
@@ -63,7 +64,7 @@ class RolloutPump:
     @property
     def outstanding(self) -> tuple[int, ...]:
         """Numbers of the rollouts that were asked for and are not with the trainer."""
-        return tuple(sorted(int(slot_id.removeprefix(ROLLOUT)) for slot_id in self.buffer.waiting()))
+        return tuple(sorted(map(_number, self.buffer.waiting())))
 
     @property
     def requests(self) -> "list[asyncio.Task[None]]":
@@ -99,13 +100,19 @@ class RolloutPump:
             self._send(slot_id, request, attempt=0)
 
     async def score(self) -> None:
-        """Score what is finished, together but no more than a step's worth, and hand it to the trainer."""
+        """Score what is finished, together but no more than a step's worth, and hand it to the trainer.
+
+        Where the run is deterministic no less either, in order of number: scores depend on what is scored together.
+        """
+        most = self.settings.prompts_per_step
+        least = most if self.config.deterministic else 1
         while True:
-            finished = dict([await self._finished.get()])
-            while not self._finished.empty() and len(finished) < self.settings.prompts_per_step:
-                finished |= [self._finished.get_nowait()]
-            for slot_id, scored in (await self.scorer.score(finished)).items():
-                await self.buffer.put(slot_id, scored)
+            async with self._collecting:
+                finished = dict([await self._finished.get()])
+                while len(finished) < most and (len(finished) < least or not self._finished.empty()):
+                    finished |= [await self._finished.get()]
+            in_order = {slot_id: finished[slot_id] for slot_id in sorted(finished, key=_number)}
+            await self.buffer.put(await self.scorer.score(in_order))
 
     def _send(self, slot_id: str, request: GenerationRequest, attempt: int) -> None:
         assert self._tasks is not None
@@ -127,3 +134,7 @@ class RolloutPump:
         self._tasks.create_task(self.generation.abort(late.request.request_id))
         self._send(slot_id, late.request, late.number + 1)
         return True
+
+
+def _number(slot_id: str) -> int:
+    return int(slot_id.removeprefix(ROLLOUT))
