@@ -122,8 +122,13 @@ def start(config: dict[str, Any], resume: bool) -> "subprocess.Popen[str]":
 
 
 def finish(config: dict[str, Any], resume: bool) -> None:
-    """Run to the end. RuntimeError if that fails."""
-    if status := start(config, resume).wait(DEADLINE_S):
+    """Run to the end."""
+    require_success(config, start(config, resume).wait(DEADLINE_S))
+
+
+def require_success(config: dict[str, Any], status: int) -> None:
+    """RuntimeError if the run ended with another status than 0."""
+    if status:
         raise RuntimeError(f"the run ended with status {status}: {Path(config['output_dir']) / config['name']}.log")
 
 
@@ -133,7 +138,8 @@ def kill_at(config: dict[str, Any], resume: bool, first_step: int, is_there: Cal
     watch, driver, until = Watch(run_dir), start(config, resume), time.monotonic() + DEADLINE_S
     try:
         while not (watch.step >= first_step and is_there(watch)):
-            if driver.poll() is not None:
+            if (status := driver.poll()) is not None:
+                require_success(config, status)
                 return False
             if time.monotonic() > until:
                 raise TimeoutError(f"not there after {DEADLINE_S:g} s")
