@@ -193,7 +193,8 @@ def main(folder: Path, points: Sequence[str]) -> int:
     found = list(differences(folder / "whole", folder / "killed"))
     num_lines = len(rows_of(folder / "killed" / "metrics.jsonl"))
     print(f"{num_lines} lines of metrics and the last policy: {'equal' if not found else 'NOT EQUAL'}")
-    print(*found[:20], sep="\n")
+    for difference in found[:20]:
+        print(difference)
     return int(bool(found) or not all_met)
 
 

@@ -1,15 +1,19 @@
 """``deterministic: true``: the same parts in the same order, whatever the timing and however often a run is cut off."""
 
 import asyncio
+import json
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fakes import FakeEvaluator, FakeGeneration, FakePools, FakeReward, FakeScoring, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kill_and_resume import differences
+from safetensors.torch import save_file
 from virtual_runs import cut_off, metrics, run, trained
 
 from ocrm_ray.checkpoints import newest
@@ -118,3 +122,19 @@ def test_an_evaluation_is_of_the_reward_model_of_its_step_although_the_next_prom
     rows = metrics(tmp_path / "run")
     assert [row["reward_version"] for row in rows[5:9]] == [0, 0, 1, 1]
     assert [row["proxy_mean"] for row in rows if row["proxy_mean"] is not None] == [0.0, 0.0, 2.0]
+
+
+def test_the_comparison_of_runs_names_what_differs_and_in_steps_done_again_too(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 0.1 * step, "time_s": 1.0} for step in range(3)]
+    again = [{**rows[1], "time_s": 2.0}, {**rows[1], "loss": 0.3}]
+    for name, written, weight in (("whole", rows, 1.0), ("other", [*rows[:2], *again], 1.0000001)):
+        (tmp_path / name / "policy").mkdir(parents=True)
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+        tensors = {"head": torch.full((2,), weight), "body": torch.ones(2)}
+        save_file(tensors, tmp_path / name / "policy" / "model.safetensors")
+    assert list(differences(tmp_path / "whole", tmp_path / "other")) == [
+        "step 1: loss is 0.3, not 0.1",
+        "no line of steps [2]",
+        "policy: head differs",
+    ]
+    assert list(differences(tmp_path / "whole", tmp_path / "whole")) == []
