@@ -193,8 +193,8 @@ def test_a_run_that_is_killed_during_a_refit_and_resumed_equals_the_uninterrupte
     base["pools"] = {"generation": {"max_running": 1, "kv_cache_gib": 0.25}}
     whole, killed = ({**base, "name": name} for name in ("whole", "killed"))
     finish(whole, resume=False)
-    # the checkpoint behind it is of step 4, with the correction of step 3 in flight
-    assert kill_at(killed, False, 5, lambda watch: watch.is_at("ratios_scored"))
+    checkpoint = tmp_path / "killed" / "checkpoints" / "step-4"  # with the correction of step 3 in flight
+    assert kill_at(killed, False, 5, lambda watch: watch.is_at("ratios_scored") and checkpoint.exists())
     finish(killed, resume=True)
     assert list(differences(tmp_path / "whole", tmp_path / "killed")) == []
     steps = [row["step"] for row in jsonl(tmp_path / "killed" / "metrics.jsonl")]
