@@ -156,7 +156,7 @@ class GenerationActor(RequestDesk):
             # vLLM's CPU worker dies when the prompt of a seeded request is split: its generator cannot be set back
             enable_chunked_prefill=not on_cpu,
             max_num_batched_tokens=max(PREFILL_TOKENS, self.max_model_len) if on_cpu else None,
-            enable_prefix_caching=True,
+            enable_prefix_caching=not self.config.deterministic,  # what is cached is computed in other parts
             kv_cache_memory_bytes=int(self._pool.kv_cache_gib * GIB) if on_cpu else None,
             gpu_memory_utilization=self._pool.gpu_memory_share,
             tensor_parallel_size=num_ranks,

@@ -122,7 +122,7 @@ class PolicyActor:
     def start(self) -> None:
         """Load the networks and build their engines."""
         config, policy, pool = self.config, self.config.policy, self.config.pools.policy
-        start_process(pool.threads_per_actor, config.seed)
+        start_process(config, pool)
         self._tokenizer = networks.load_tokenizer(self.sft_path, trust_remote_code=config.trust_remote_code)
         path = str(self.checkpoint or self.sft_path)
         model = networks.load_causal_lm(path, dtype=pool.dtype, trust_remote_code=config.trust_remote_code)

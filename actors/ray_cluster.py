@@ -30,6 +30,8 @@ from ocrm_ray.stages import stage_paths
 
 NUM_LOGPROB_PARTS = 40
 """Messages in which the pairs' log-probs are asked for, so that progress shows."""
+DETERMINISTIC = {"MKL_CBWR": "AUTO,STRICT"}
+"""Else the rounding of a product depends on where in memory its factors lie, and so on the file they came from."""
 PoolType = TypeVar("PoolType", bound=RayPool)
 
 
@@ -192,7 +194,7 @@ class RayCluster:
             self._spec(f"generation-{number}", path, "generation", number, self.paths.sft, length, by_nccl)
             for number in range(pool.num_actors)
         )
-        return [replace(spec, asynchronous=True, environment=environment) for spec in specs]
+        return [replace(spec, asynchronous=True, environment={**spec.environment, **environment}) for spec in specs]
 
     def _alike(self, path: str, pool: str, *arguments: Any) -> list[ActorSpec]:
         """Each with a second thread, for what must not wait for a call that is long."""
@@ -201,7 +203,8 @@ class RayCluster:
 
     def _spec(self, role: str, path: str, pool: str, *arguments: Any) -> ActorSpec:
         threads = getattr(self.config.pools, pool).threads_per_actor
-        return ActorSpec(role, path, (self.config, *arguments), threads)
+        environment = DETERMINISTIC if self.config.deterministic else {}
+        return ActorSpec(role, path, (self.config, *arguments), threads, environment=environment)
 
     def _shares_cores(self, pool: str) -> bool:
         """Whether a correction's work would take cores from rollouts and training."""

@@ -43,7 +43,7 @@ class RewardServer:
     def start(self) -> None:
         """Load the first reward model and calibrate it."""
         config = self.config
-        start_process(config.pools.reward.threads_per_actor, config.seed)
+        start_process(config, config.pools.reward)
         self._pad_id = load_tokenizer(
             reward_members(self.reward_path)[0], trust_remote_code=config.trust_remote_code
         ).pad_token_id
@@ -116,7 +116,7 @@ class RewardRefitter:
 
     def start(self) -> None:
         """Read the pairs."""
-        start_process(self.config.pools.reward.threads_per_actor, self.config.seed)
+        start_process(self.config, self.config.pools.reward)
         self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=self.config.trust_remote_code)
         folder = self.config.stage_root / "pairs"
         train, heldout = (interleaved(read_pairs(folder / name)) for name in ("train.jsonl", "heldout.jsonl"))

@@ -31,7 +31,7 @@ class SftActor:
     def start(self) -> None:
         """Load the base model and build its engine."""
         pool, trust = self.config.pools.policy, self.config.trust_remote_code
-        start_process(pool.threads_per_actor, self.config.seed)
+        start_process(self.config, pool)
         self._tokenizer = load_tokenizer(self.base_path, trust_remote_code=trust)
         settings = EngineSettings.of(self.config.policy, learning_rate=self.config.sft.learning_rate, dtype=pool.dtype)
         model = load_causal_lm(self.base_path, dtype=pool.dtype, trust_remote_code=trust)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from ocrm_ray.config import Dtype, Policy
+from ocrm_ray.config import Dtype, Policy, Pool, RunConfig
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import CausalModel, ScalarModel, checkpoint_layers, save_model
 
@@ -69,10 +69,11 @@ class EngineSettings:
         return self.zero_stage == 0 and self.dtype == "float32"
 
 
-def start_process(num_threads: int, seed: int) -> None:
+def start_process(config: RunConfig, pool: Pool) -> None:
     """Once at an actor's start: arithmetic threads, the seed of whatever draws from torch's global generator."""
-    torch.set_num_threads(num_threads)
-    torch.manual_seed(seed)
+    torch.set_num_threads(pool.threads_per_actor)
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic)
 
 
 def training_device() -> torch.device:

@@ -21,7 +21,7 @@ def contradictions(config: RunConfig) -> list[Problem]:
     """Settings that cannot stand together, all of them."""
     return [
         Problem(path, _shown_setting(config, path), need, do)
-        for checks in (_sources, _pairs, _correction, _strategy, _policy, _evaluation, _world)
+        for checks in (_sources, _pairs, _correction, _strategy, _policy, _evaluation, _determinism, _world)
         for is_wrong, path, need, do in checks(config)
         if is_wrong
     ]
@@ -164,6 +164,29 @@ def _evaluation(config: RunConfig) -> Checks:
     for key in ("num_pair_prompts", "num_samples_saved"):
         is_wrong = getattr(evaluation, key) > evaluation.num_prompts
         yield is_wrong, f"evaluation.{key}", f"at most {evaluation.num_prompts}, as evaluation.num_prompts", "lower it"
+
+
+def _determinism(config: RunConfig) -> Checks:
+    rollout, correction = config.rollout, config.correction
+    if not config.deterministic:
+        return
+    why = "with deterministic: true"
+    for name, pool in config.pools:
+        yield pool.dtype != "float32", f"pools.{name}.dtype", f"float32 {why}", "change it"
+        need = f"0 {why}: on GPUs the order of sums varies"
+        yield pool.gpus_per_actor > 0, f"pools.{name}.gpus_per_actor", need, "set it to 0"
+    need = f"1 {why}: what is decoded together changes its rounding"
+    yield config.pools.generation.max_running > 1, "pools.generation.max_running", need, "set it to 1"
+    if config.policy.is_offline:
+        return
+    need, do = f"0 {why}: else timing decides which rollouts a step takes", "set it to 0"
+    yield rollout.max_staleness > 0, "rollout.max_staleness", need, do
+    is_wrong = rollout.straggler == "reissue" and rollout.max_staleness > 0  # with 0 it is refused anyway
+    yield is_wrong, "rollout.straggler", f"wait {why}", "set it to wait"
+    is_wrong = correction.schedule == "overlapped" and correction.promote_after is None
+    need = f"a number of updates {why}: else timing decides when a refit goes live"
+    do = "set it" if correction.max_lag is None else "set it in place of correction.max_lag"
+    yield is_wrong, "correction.promote_after", need, f"{do}, or set correction.schedule: blocking"
 
 
 def _world(config: RunConfig) -> Checks:

@@ -284,6 +284,9 @@ class RunConfig(Section):
     stages_dir: Path | None = None
     """Where the stages before RL leave their results; null: in the run folder. Arms of a study share one."""
     seed: Seed = 0
+    deterministic: bool = False
+    """The same seed on the same kind of processor gives the same run bit for bit, however often it is cut off and
+    resumed: work is done in fixed parts and order, which takes longer. Float32 on CPU, one sequence at a time."""
     world: PraiseWorld | None = None
     """The embedded world, in place of ``data.prompts``, models and gold."""
     share_prompts: bool = True

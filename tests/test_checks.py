@@ -64,6 +64,7 @@ def test_sound_configurations_have_no_problems() -> None:
 BIASED = "with correction.strategy ocrm: the ratio of truncated sampling is biased"
 BLOCKING = "need nothing with schedule blocking: it promotes before the next update: remove it"
 BESIDE_WORLD = "need nothing beside world: remove it, or remove world"
+DETERMINISTIC = "deterministic=true pools.generation.max_running=1 rollout.max_staleness=0 correction.promote_after=3"
 CONTRADICTIONS = {
     "sft.ready=a/b": f'sft.ready: got "a/b", {BESIDE_WORLD}',
     "pairs.ready.path=p.json": 'pairs.ready: got {"path": "p.json", "split": "train", "limit": null, "on_b..., '
@@ -143,7 +144,32 @@ CONTRADICTIONS = {
     "correction.strategy=shuffled rollout.top_p=0.9": f"rollout.top_p: got 0.9, "
     f"need 1 {BIASED.replace('ocrm', 'shuffled')}: set it to 1, or use strategy refit",
     "pools.evaluation.num_actors=2": "pools.evaluation.num_actors: got 2, need 1: one actor evaluates: remove it",
+    f"{DETERMINISTIC} pools.reward.dtype=bfloat16": 'pools.reward.dtype: got "bfloat16", '
+    "need float32 with deterministic: true: change it",
+    f"{DETERMINISTIC} pools.policy.gpus_per_actor=1": "pools.policy.gpus_per_actor: got 1.0, "
+    "need 0 with deterministic: true: on GPUs the order of sums varies: set it to 0",
+    f"{DETERMINISTIC} pools.generation.max_running=2": "pools.generation.max_running: got 2, "
+    "need 1 with deterministic: true: what is decoded together changes its rounding: set it to 1",
+    f"{DETERMINISTIC} rollout.max_staleness=1": "rollout.max_staleness: got 1, "
+    "need 0 with deterministic: true: else timing decides which rollouts a step takes: set it to 0",
+    f"{DETERMINISTIC} correction.promote_after=null": "correction.promote_after: got nothing, "
+    "need a number of updates with deterministic: true: else timing decides when a refit goes live: "
+    "set it, or set correction.schedule: blocking",
+    f"{DETERMINISTIC} correction.promote_after=null correction.max_lag=2": "correction.promote_after: got nothing, "
+    "need a number of updates with deterministic: true: else timing decides when a refit goes live: "
+    "set it in place of correction.max_lag, or set correction.schedule: blocking",
 }
+
+
+def test_everything_that_determinism_needs_is_told_at_once() -> None:
+    told = contradictions(config_of(WORLD, "deterministic=true", "rollout.straggler=reissue"))
+    assert [problem.path for problem in told] == [
+        "pools.generation.max_running",
+        "rollout.max_staleness",
+        "rollout.straggler",
+        "correction.promote_after",
+    ]
+    assert told[2].need == "wait with deterministic: true"
 
 
 @pytest.mark.parametrize("overrides", CONTRADICTIONS)
@@ -194,6 +220,9 @@ def test_a_contradiction_without_the_world_is_told(overrides: str) -> None:
         "correction.promote_after=3",
         "policy.num_minibatches=128",
         "rollout.straggler=reissue",
+        DETERMINISTIC,
+        f"{DETERMINISTIC} correction.promote_after=null correction.schedule=blocking",
+        "deterministic=true pools.generation.max_running=1 policy.algorithm=wpo correction.strategy=none",
     ],
 )
 def test_what_only_looks_like_a_contradiction_passes(overrides: str) -> None:

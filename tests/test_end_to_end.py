@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kill_and_resume import differences, finish, kill_at
 
 from ocrm_ray.praise import VOCABULARY
 
@@ -184,6 +185,25 @@ def test_ready_pairs_run_without_gold_on_two_engines(study_dir: Path, tmp_path: 
     assert summary["gold_mean"] is None
     assert summary["proxy_mean"] is not None
     assert "gold" in (run_dir / "report.html").read_text()
+
+
+def test_a_run_that_is_killed_during_a_refit_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
+    study_dir: Path, tmp_path: Path
+) -> None:
+    base = {**STUDY["base"], "seed": 3, "deterministic": True, "lease": {"heartbeat_s": 0.5, "num_missed": 4}}  # type: ignore[dict-item]
+    base |= {"output_dir": str(tmp_path), "stages_dir": str(study_dir / "shared" / "seed-3")}
+    base["rollout"] = {**base["rollout"], "max_staleness": 0}
+    base["correction"] = {**base["correction"], "promote_after": 2, "kl_reference": "moving"}
+    base["pools"] = {"generation": {"max_running": 1, "kv_cache_gib": 0.25}}
+    whole, killed = ({**base, "name": name} for name in ("whole", "killed"))
+    finish(whole, resume=False)
+    checkpoint = tmp_path / "killed" / "checkpoints" / "step-4"  # with the correction of step 3 in flight
+    assert kill_at(killed, False, 5, lambda watch: watch.is_at("ratios_scored") and checkpoint.exists())
+    finish(killed, resume=True)
+    assert list(differences(tmp_path / "whole", tmp_path / "killed")) == []
+    steps = [row["step"] for row in jsonl(tmp_path / "killed" / "metrics.jsonl")]
+    assert (steps[:6], steps[-4:]) == ([0, 1, 2, 3, 4, 5], [5, 6, 7, 8])
+    assert len(steps) > 9
 
 
 METHODS = {

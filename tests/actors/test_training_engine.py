@@ -5,9 +5,10 @@ import math
 import psutil
 import pytest
 import torch
+from fakes import tiny_run
 from tiny_models import EOS, llama_config, pad_batch, random_pairs
 
-from actors.training_engine import EngineSettings, TrainingEngine
+from actors.training_engine import EngineSettings, TrainingEngine, start_process
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import ScalarModel, last_token_scores
 
@@ -205,3 +206,10 @@ def test_too_many_skipped_steps_in_a_row_are_an_error_and_a_good_one_between_sta
     skip(engine, math.nan)
     with pytest.raises(RunError, match="gradient is not finite"):
         skip(engine, math.nan)
+
+
+def test_a_process_of_a_deterministic_run_refuses_operations_that_are_not() -> None:
+    for is_deterministic in (True, False):
+        config = tiny_run(deterministic=is_deterministic)
+        start_process(config, config.pools.policy)
+        assert torch.are_deterministic_algorithms_enabled() == is_deterministic
