@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import socket
 import subprocess
 import sys
@@ -81,8 +82,9 @@ class Nodes:
             free.bind((LOOPBACK, 0))
             address = f"{LOOPBACK}:{free.getsockname()[1]}"
         port = address.rpartition(":")[2]
+        self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._ray("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self.folder}")
-        self.environment = {"RAY_ADDRESS": address}
+        self.environment["RAY_ADDRESS"] = address
         for _ in range(1, self.num_nodes):
             self._ray(f"--address={address}")
 
@@ -98,7 +100,8 @@ class Nodes:
         program = Path(sys.executable).with_name("ray")
         command = [program, "start", f"--node-ip-address={LOOPBACK}", "--num-cpus=2", "--block", *arguments]
         with (self.folder / f"node-{len(self.raylets)}.log").open("wb") as log:
-            environment = {**environment_of_runs(), "RAY_ENABLE_RAY_CLUSTER": "0"}
+            environment = {**environment_of_runs(), **self.environment, "RAY_ENABLE_RAY_CLUSTER": "0"}
+            environment.pop("RAY_ADDRESS", None)
             self.raylets.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -64,6 +65,8 @@ def cluster() -> Iterator[Cluster]:
     environment = {name: value for name, value in os.environ.items() if name not in without} | {
         "PATH": path,
         "RAY_API_SERVER_ADDRESS": f"http://{LOOPBACK}:{dashboard}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_JOB_STOP_WAIT_TIME_S": "300",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_RAY_CLUSTER": "0",
