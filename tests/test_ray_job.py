@@ -69,7 +69,7 @@ def cluster() -> Iterator[Cluster]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_JOB_STOP_WAIT_TIME_S": "300",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_RAY_CLUSTER": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else 127.0.0.1 becomes another address
     }
     head = ["start", "--head", "--block", f"--port={gcs}", f"--node-ip-address={LOOPBACK}", f"--temp-dir={folder}/ray"]
     head += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
