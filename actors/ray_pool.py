@@ -188,7 +188,9 @@ async def together(calls: Iterable[Coroutine[Any, Any, Answer]]) -> list[Answer]
         done, _ = await asyncio.wait(tasks, timeout=_DEATH_S)
         failures = [task.exception() for task in done if not task.cancelled()]
         deaths = [failure for failure in failures if isinstance(failure, ActorDiedError)]
-        raise deaths[0] if deaths else error
+        if deaths:
+            raise deaths[0] from error
+        raise
 
 
 async def _start_together(ranks: Seq[RemoteActor], deadline_s: float) -> None:

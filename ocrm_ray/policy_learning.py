@@ -161,8 +161,10 @@ def minibatches(num_samples: int, num_minibatches: int, seed: Seq[int]) -> list[
 def micro_batches(
     experience: Experience, targets: Targets, rows: IntArray, policy: Policy, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """This rank's part of a minibatch ``rows``, of which some token enters the loss, in parts of similar length."""
+    """This rank's share of a minibatch ``rows`` in parts of similar length; none where no token enters the loss."""
     num_tokens = int(targets.loss_mask[torch.from_numpy(rows)].sum())
+    if num_tokens == 0:
+        return
     for chunk in experience.table.chunks(rows, policy.micro_batch_size, policy.micro_batch_tokens):
         chosen = rows[chunk]
         index = torch.from_numpy(chosen)
