@@ -173,13 +173,16 @@ class RewardFit:
 
     def _view_loss(self, views: RepresentationLoss, rows: IntArray) -> Tensor:
         micro = self._groups.table.batch(rows).to(self._engine.device)
-        first, second = last_token_states(self._engine.forward, micro).float().chunk(2)
+        states = last_token_states(self._engine.forward, micro)
+        # ZeRO 2 wants gradients of the same parameters, the head's too, from every rank's pass
+        of_head = 0.0 * self._engine.network.score(states).sum()
+        first, second = states.float().chunk(2)
         shape = (2, len(first), views.latent_size)
         noise = torch.from_numpy(self._rng.standard_normal(shape, dtype=np.float32)).to(self._engine.device)
         done, in_all = self.progress
         loss: Tensor = self._multiview(first, second, noise, grown_coefficient(done / in_all))
         self._tell("view_loss", loss.item())
-        return views.coefficient * loss
+        return views.coefficient * loss + of_head
 
     def _tell(self, name: str, value: float) -> None:
         self._sums.setdefault(name, []).append(value)

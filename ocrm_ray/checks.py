@@ -154,6 +154,13 @@ def _policy(config: RunConfig) -> Checks:
     least = {"none": 0, "optimizer": 1, "all": 3}[policy.offload]
     need = f"at least {least} with policy.offload {policy.offload}"
     yield policy.zero_stage < least, "policy.zero_stage", need, "raise it, or change policy.offload"
+    pools = config.pools
+    for name, pool, num_ranks in (
+        ("policy", pools.policy, pools.policy.num_actors),
+        ("reward", pools.reward, pools.reward.num_refit_ranks),
+    ):
+        is_wrong = num_ranks > 1 and 0 < pool.gpus_per_actor < 1
+        yield is_wrong, f"pools.{name}.gpus_per_actor", "0 or 1: several ranks cannot share a GPU", "change it"
     refused = sorted(OWN_DEEPSPEED_KEYS & set(policy.deepspeed))
     if "stage" in policy.deepspeed.get("zero_optimization", {}):
         refused.append("zero_optimization.stage")

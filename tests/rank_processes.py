@@ -7,7 +7,7 @@ import socket
 import traceback
 from dataclasses import dataclass
 
-TIMEOUT_S = 600.0
+TIMEOUT_S = 300.0
 
 
 @dataclass

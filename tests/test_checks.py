@@ -97,6 +97,10 @@ CONTRADICTIONS = {
     "change it, or rollout.prompts_per_step",
     "policy.num_minibatches=256": "policy.num_minibatches: got 256, need a divisor of the 128 samples of a step: "
     "change it, or rollout.prompts_per_step",
+    "pools.policy.num_actors=2 pools.policy.gpus_per_actor=0.5": "pools.policy.gpus_per_actor: got 0.5, "
+    "need 0 or 1: several ranks cannot share a GPU: change it",
+    "pools.reward.num_refit_ranks=2 pools.reward.gpus_per_actor=0.5": "pools.reward.gpus_per_actor: got 0.5, "
+    "need 0 or 1: several ranks cannot share a GPU: change it",
     "policy.offload=optimizer": "policy.zero_stage: got 0, need at least 1 with policy.offload optimizer: "
     "raise it, or change policy.offload",
     "policy.offload=all policy.zero_stage=2": "policy.zero_stage: got 2, need at least 3 with policy.offload all: "

@@ -10,6 +10,7 @@ from rank_processes import rank_processes
 from safetensors.torch import load_file
 from tiny_models import (
     EOS,
+    VOCABULARY_SIZE,
     build_policy,
     llama_config,
     random_pairs,
@@ -24,6 +25,7 @@ from actors import training_engine
 from actors.engine_settings import EngineSettings
 from actors.policy import PolicyActor
 from actors.training_engine import TrainingEngine
+from ocrm_ray import batches, networks
 from ocrm_ray.algorithm.schedule import CorrectionClock
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.checkpoints import RunState, begin, finish
@@ -132,6 +134,21 @@ def test_three_updates_on_two_ranks_are_those_of_one_and_so_is_what_is_exported(
         if weights is not None:
             assert_close(weights, expected_weights, atol=1e-5)
     assert [weights is None for *_, weights in answers] == [False, True]
+
+
+def finely_cut_updates(folder):
+    """At ZeRO 3, with rows cut into blocks, and logits into chunks, of which the ranks have different numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "SMALL_BLOCK", 1)
+        patch.setattr(networks, "MAX_LOGITS", 7 * VOCABULARY_SIZE)
+        return updates(folder, 3, POLICIES["ppo"])
+
+
+def test_at_zero_3_ranks_stay_in_step_where_each_would_cut_its_passes_differently(two_ranks, models, alone):
+    expected, _, weights = alone["ppo"]
+    (reports, _, found), _ = two_ranks.run(finely_cut_updates, models)
+    assert [report["loss"] for report in reports] == pytest.approx([report["loss"] for report in expected], abs=1e-5)
+    assert_close(found, weights, atol=1e-5)
 
 
 def learn_pairs(folder):

@@ -64,7 +64,8 @@ def refit(folder, stage, strategy, version):
 
 
 @pytest.mark.parametrize(
-    ("stage", "strategy"), [(0, "ocrm"), (2, "ocrm"), (3, "ocrm"), (0, "metarm"), (2, "metarm"), (2, "rlp_uml")]
+    ("stage", "strategy"),
+    [(0, "ocrm"), (2, "ocrm"), (3, "ocrm"), (0, "metarm"), (2, "metarm"), (0, "rlp_uml"), (2, "rlp_uml")],
 )
 def test_a_refit_on_two_ranks_is_that_of_one(two_ranks, models, stage, strategy):
     figures, weights = refit(models, 0, strategy, version=1)
