@@ -175,7 +175,7 @@ class RewardFit:
         micro = self._groups.table.batch(rows).to(self._engine.device)
         states = last_token_states(self._engine.forward, micro)
         # ZeRO 2 wants gradients of the same parameters, the head's too, from every rank's pass
-        of_head = 0.0 * self._engine.network.score(states).sum()
+        of_head: Tensor = 0.0 * self._engine.network.score(states).sum()
         first, second = states.float().chunk(2)
         shape = (2, len(first), views.latent_size)
         noise = torch.from_numpy(self._rng.standard_normal(shape, dtype=np.float32)).to(self._engine.device)
