@@ -15,8 +15,8 @@ from actors.generation import engine_environment
 from actors.generation_group import RayGenerationPool
 from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
 from actors.ray_metrics import RunMetrics
-from actors.ray_pool import RayPool, plan_bundles
-from actors.remote_actor import ActorSpec
+from actors.ray_pool import RayPool, plan_bundles, together
+from actors.remote_actor import ActorSpec, ranks_of
 from ocrm_ray.checkpoints import Checkpoint, reward_folder
 from ocrm_ray.config import RunConfig
 from ocrm_ray.metrics import Observer
@@ -74,8 +74,9 @@ class RayCluster:
 
     async def train_sft(self, show: Show) -> dict[str, object]:
         arguments = self.paths.policy_base, self.paths.root / "data" / "prompts.jsonl", Path(self.paths.sft)
-        spec = self._spec("sft", "actors.sft:SftActor", "policy", *arguments)
-        return {"loss": await self._train(spec, "train", "policy", show)}
+        num_ranks = self.config.pools.policy.num_actors
+        specs = self._ranks("sft", num_ranks, "actors.sft:SftActor", "policy", *arguments)
+        return {"loss": await self._train(specs, "train", "policy", show)}
 
     async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
         return await (await self._generation()).generate(request)
@@ -84,8 +85,8 @@ class RayCluster:
         return await (await self._once(RayEvaluator)).gold(prompts, responses, references)
 
     async def train_reward(self, show: Show) -> dict[str, object]:
-        spec = replace(self._refitter(None), role="reward")
-        report: RefitReport = await self._train(spec, "fit_first", "reward", show)
+        specs = self._refitters("reward", None)
+        report: RefitReport = await self._train(specs, "fit_first", "reward", show)
         return {"loss": report.loss, "heldout_accuracy": report.heldout_accuracy, "seconds": report.seconds}
 
     async def behaviour_logprobs(self, num_pairs: int, show: Show) -> FloatArray:
@@ -96,16 +97,19 @@ class RayCluster:
             show(ProgressState(stage="logprobs", done=num_done, total=num_pairs, unit="pairs"))
         return np.concatenate(parts)
 
-    async def _train(self, spec: ActorSpec, method: str, pool: str, show: Show) -> Any:
-        """Start an actor, let it train, and end it; its progress, told on a second thread, is shown meanwhile."""
-        deadlines = self.config.deadlines
-        trainer = await RayTrainer.start([replace(spec, concurrency=2)], self.bundles[pool][:1], deadlines)
+    async def _train(self, specs: list[ActorSpec], method: str, pool: str, show: Show) -> Any:
+        """Start the ranks, let them train, and end them; progress, told on a second thread, is shown meanwhile."""
+        deadlines, stage = self.config.deadlines, specs[0].role.partition("-")[0]
+        specs = [replace(spec, concurrency=2) for spec in specs]
+        trainer = await RayTrainer.start(specs, self.bundles[pool][-len(specs) :], deadlines)
 
         def tell(progress: tuple[int, int]) -> None:
-            show(ProgressState(stage=spec.role, done=progress[0], total=progress[1], unit="steps"))
+            show(ProgressState(stage=stage, done=progress[0], total=progress[1], unit="steps"))
 
+        first, *others = trainer.actors
+        calls = [first.watch(method, tell, deadlines.request_s)]
         try:
-            return await trainer.actors[0].watch(method, tell, deadlines.request_s)
+            return (await together([*calls, *(other.call(method, deadline_s=None) for other in others)]))[0]
         finally:
             await trainer.close()
 
@@ -163,7 +167,7 @@ class RayCluster:
                 through_store, by_nccl = choose_transport(self.config, _num_nodes())
                 exports_dir = None if through_store else self._shared_memory
                 arguments = paths.sft, reward_path, run_dir, exports_dir, by_nccl, saved.folder if saved else None
-                specs = self._alike("actors.policy:PolicyActor", pool, *arguments)
+                specs = ranks_of(self._alike("actors.policy:PolicyActor", pool, *arguments))
                 return [replace(spec, concurrency=3) for spec in specs]  # a checkpoint is written beside the others
             case "scoring":
                 anchor_path = saved.anchor_path if saved else None
@@ -171,17 +175,23 @@ class RayCluster:
                 return [*scorers, replace(background, role="ratios", yields=self._shares_cores(pool))]
             case "reward":
                 live = reward_folder(run_dir, saved.state.reward_version if saved else 0, paths.reward)
-                servers = self._alike("actors.reward:RewardServer", pool, live)[:-1]
-                return [*servers, self._refitter(paths.reward)]
+                refitters = self._refitters("refit", paths.reward)
+                return [*self._alike("actors.reward:RewardServer", pool, live)[: -len(refitters)], *refitters]
             case _:
                 prompts = read_prompts(paths.root / "data" / "heldout.jsonl")[: self.config.evaluation.num_prompts]
                 specs = self._alike("actors.evaluation:EvaluationActor", pool, paths.sft, tuple(prompts))
                 return [replace(spec, concurrency=1, secrets=self.config.secrets) for spec in specs]
 
-    def _refitter(self, reward_path: str | None) -> ActorSpec:
-        arguments = self.paths.sft, reward_path, self.config.run_dir
-        spec = self._spec("refit", "actors.reward:RewardRefitter", "reward", *arguments)
-        return replace(spec, yields=self._shares_cores("reward"))
+    def _refitters(self, role: str, reward_path: str | None) -> list[ActorSpec]:
+        num_ranks, arguments = self.config.pools.reward.num_refit_ranks, (self.paths.sft, reward_path)
+        path = "actors.reward:RewardRefitter"
+        specs = self._ranks(role, num_ranks, path, "reward", *arguments, self.config.run_dir)
+        return [replace(spec, yields=self._shares_cores("reward")) for spec in specs]
+
+    def _ranks(self, role: str, num_ranks: int, path: str, pool: str, *arguments: Any) -> list[ActorSpec]:
+        """Ranks of one process group; one alone is named by its role."""
+        roles = [f"{role}-{rank}" for rank in range(num_ranks)] if num_ranks > 1 else [role]
+        return ranks_of([self._spec(each, path, pool, *arguments) for each in roles])
 
     def _engines(self) -> list[ActorSpec]:
         pool, trust = self.config.pools.generation, self.config.trust_remote_code

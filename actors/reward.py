@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from actors.reward_fit import FitData, RewardFit
-from actors.training_engine import start_process, training_device
+from actors.training_engine import join_process_group, start_process, training_device
 from ocrm_ray.algorithm.reward_ensemble import aggregate
 from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable
@@ -97,6 +97,8 @@ class RewardServer:
 class RewardRefitter:
     """Trains reward models, one after another in one process: the first one, then a candidate for each correction.
 
+    Where several ranks are such an actor each, all are asked for the same fits in the same order.
+
     ``reward_path``: the first reward model; None where it is still to be trained.
     """
 
@@ -117,6 +119,7 @@ class RewardRefitter:
     def start(self) -> None:
         """Read the pairs."""
         start_process(self.config, self.config.pools.reward)
+        join_process_group(self.config.deadlines.request_s)
         self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=self.config.trust_remote_code)
         folder = self.config.stage_root / "pairs"
         train, heldout = (interleaved(read_pairs(folder / name)) for name in ("train.jsonl", "heldout.jsonl"))

@@ -13,6 +13,12 @@ from ocrm_ray.errors import Problem
 from ocrm_ray.inspection import inspect as inspect
 from ocrm_ray.inspection import stage_differences
 
+OWN_DEEPSPEED_KEYS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "gradient_allreduce_op", "optimizer", "scheduler", "bf16", "fp16",
+}  # fmt: skip
+"""Of DeepSpeed's settings those that follow from the configuration's own."""
+
 Checks: TypeAlias = Iterator[tuple[bool, str, str, str]]
 """(whether it is wrong, the setting to name, what it needs, what to do)."""
 
@@ -145,8 +151,21 @@ def _policy(config: RunConfig) -> Checks:
     num_samples = rollout.prompts_per_step * rollout.samples_per_prompt
     need, do = f"a divisor of the {num_samples} samples of a step", "change it, or rollout.prompts_per_step"
     yield is_online and num_samples % policy.num_minibatches > 0, "policy.num_minibatches", need, do
-    is_wrong = config.pools.policy.num_actors != 1
-    yield is_wrong, "pools.policy.num_actors", "1: the policy trains on one rank", "remove it"
+    least = {"none": 0, "optimizer": 1, "all": 3}[policy.offload]
+    need = f"at least {least} with policy.offload {policy.offload}"
+    yield policy.zero_stage < least, "policy.zero_stage", need, "raise it, or change policy.offload"
+    pools = config.pools
+    for name, pool, num_ranks in (
+        ("policy", pools.policy, pools.policy.num_actors),
+        ("reward", pools.reward, pools.reward.num_refit_ranks),
+    ):
+        is_wrong = num_ranks > 1 and 0 < pool.gpus_per_actor < 1
+        yield is_wrong, f"pools.{name}.gpus_per_actor", "0 or 1: several ranks cannot share a GPU", "change it"
+    refused = sorted(OWN_DEEPSPEED_KEYS & set(policy.deepspeed))
+    if "stage" in policy.deepspeed.get("zero_optimization", {}):
+        refused.append("zero_optimization.stage")
+    need = f"nothing about {', '.join(refused)}: other settings say it"
+    yield bool(refused), "policy.deepspeed", need, "remove it"
     uses_kl_loss = is_online and policy.kl_placement == "loss" and policy.kl_coefficient > 0
     is_wrong = uses_kl_loss and policy.kl_estimator == "k1"
     need = "k2 or k3 with kl_placement loss: the gradient of k1 is zero on average"

@@ -53,13 +53,21 @@ class GenerationPool(Pool):
     """Share of a GPU's memory that an engine takes; unused on CPU."""
 
 
+class RewardPool(Pool):
+    """Servers of the live reward model, and the ranks of the refitter beside them."""
+
+    num_refit_ranks: PositiveInt = 1
+    """Ranks that train a reward model together, each an actor like the servers."""
+
+
 class Pools(Section):
     """The four pools, and the evaluation actor."""
 
     generation: GenerationPool = GenerationPool()
     policy: Pool = Pool()
+    """Its actors are ranks that train together."""
     scoring: Pool = Pool()
-    reward: Pool = Pool()
+    reward: RewardPool = RewardPool()
     evaluation: Pool = Pool()
 
 

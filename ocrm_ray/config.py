@@ -5,7 +5,7 @@ own section, never the whole tree. Lengths are in tokens, times in seconds (``_s
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ from ocrm_ray.cluster_config import (
     PositiveInt,
     Publish,
     Rehearsal,
+    RewardPool,
     RunName,
     Section,
     Seed,
@@ -40,7 +41,7 @@ from ocrm_ray.reward_config import (
 )
 
 __all__ = ["Deadlines", "Dtype", "Duration", "GenerationPool", "Lease", "Pool", "Pools", "Publish", "Rehearsal"]
-__all__ += ["Section"]
+__all__ += ["RewardPool", "Section"]
 __all__ += ["Correction", "MetaStep", "RepresentationLoss", "Reward", "RewardTraining", "SyntheticPairs", "Weights"]
 __all__ += ["ClassifierGold", "FunctionGold", "Gold", "JudgeGold", "SimilarityGold"]
 
@@ -208,6 +209,10 @@ class Policy(Section):
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage of policy, critic and refit."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Of what ``zero_stage`` spreads, keep the optimiser's states, or ``all`` with the weights, in host memory."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """More of DeepSpeed's own settings, as in its JSON file, laid over what follows from the others here."""
 
     @property
     def is_offline(self) -> bool:

@@ -147,7 +147,7 @@ def _correction_s(config: RunConfig, sizes: NetworkSizes, length: int) -> tuple[
     calibration = 2.0 * sizes.reward * config.reward.num_calibration * length
     refit = 6.0 * sizes.reward * tokens * correction.training.num_epochs + calibration
     refit *= config.reward.ensemble.num_members
-    one_refit = config.pools.reward.model_copy(update={"num_actors": 1})
+    one_refit = config.pools.reward.model_copy(update={"num_actors": config.pools.reward.num_refit_ranks})
     return ratio / _speed(config.pools.scoring), refit / _speed(one_refit)
 
 

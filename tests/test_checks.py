@@ -98,7 +98,17 @@ CONTRADICTIONS = {
     "change it, or rollout.prompts_per_step",
     "policy.num_minibatches=256": "policy.num_minibatches: got 256, need a divisor of the 128 samples of a step: "
     "change it, or rollout.prompts_per_step",
-    "pools.policy.num_actors=4": "pools.policy.num_actors: got 4, need 1: the policy trains on one rank: remove it",
+    "pools.policy.num_actors=2 pools.policy.gpus_per_actor=0.5": "pools.policy.gpus_per_actor: got 0.5, "
+    "need 0 or 1: several ranks cannot share a GPU: change it",
+    "pools.reward.num_refit_ranks=2 pools.reward.gpus_per_actor=0.5": "pools.reward.gpus_per_actor: got 0.5, "
+    "need 0 or 1: several ranks cannot share a GPU: change it",
+    "policy.offload=optimizer": "policy.zero_stage: got 0, need at least 1 with policy.offload optimizer: "
+    "raise it, or change policy.offload",
+    "policy.offload=all policy.zero_stage=2": "policy.zero_stage: got 2, need at least 3 with policy.offload all: "
+    "raise it, or change policy.offload",
+    "policy.deepspeed={bf16: {}, zero_optimization: {stage: 2}}": "policy.deepspeed: got "
+    '{"bf16": {}, "zero_optimization": {"stage": 2}}, '
+    "need nothing about bf16, zero_optimization.stage: other settings say it: remove it",
     "policy.kl_placement=loss": 'policy.kl_estimator: got "k1", '
     "need k2 or k3 with kl_placement loss: the gradient of k1 is zero on average: change it, or place it in the reward",
     "rollout.straggler=reissue rollout.max_staleness=0": 'rollout.straggler: got "reissue", '

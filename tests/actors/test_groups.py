@@ -395,7 +395,7 @@ def test_weights_in_the_object_store_reach_scorers_in_place_and_engines_through_
     from actors.weight_transport import LocalCopy, WeightExporter, WeightReader
 
     async def publish(version, tensors):
-        weights = exporter.export(version, tensors)
+        weights = exporter.export(version, [tensors])
         local = await copy.fetch(weights)
         for read in (weights, local):
             with reader.read(read) as received:

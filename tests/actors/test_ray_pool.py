@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from actors.ray_pool import RayPool, describe_shortage, plan_bundles
-from ocrm_ray.config import Deadlines, GenerationPool, Pool, Pools
+from ocrm_ray.config import Deadlines, GenerationPool, Pool, Pools, RewardPool
 from ocrm_ray.errors import ActorDiedError
 
 CPU = {"CPU": 0.1}
@@ -24,13 +24,13 @@ GPU = {"CPU": 0.1, "GPU": 1.0}
                 generation=GenerationPool(num_actors=2, gpus_per_actor=1.0),
                 policy=Pool(num_actors=3, gpus_per_actor=1.0),
                 scoring=Pool(gpus_per_actor=0.5),
-                reward=Pool(num_actors=2, cpus_per_actor=2.0),
+                reward=RewardPool(num_actors=2, cpus_per_actor=2.0, num_refit_ranks=3),
             ),
             {
                 "generation": [GPU] * 2,
                 "policy": [GPU] * 3,
                 "scoring": [{"CPU": 0.1, "GPU": 0.5}] * 2,
-                "reward": [{"CPU": 2.0}] * 3,
+                "reward": [{"CPU": 2.0}] * 5,
                 "evaluation": [CPU],
             },
         ),
