@@ -54,7 +54,7 @@ def test_shortage_names_what_was_asked_for_and_what_is_free():
 class MortalActor:
     """Dead until its replacement has caught up; remembers what its processes were asked, and when."""
 
-    role = "scoring-0"
+    role, rank, num_ranks = "scoring-0", 0, 1
 
     def __init__(self) -> None:
         self.num_replaced = 0
@@ -68,8 +68,10 @@ class MortalActor:
             raise ActorDiedError("dead")
         return method
 
-    async def replace(self, deadline_s: float) -> None:
+    def replace(self) -> None:
         self.num_replaced += 1
+
+    async def start(self, deadline_s: float, meeting: tuple[str, int] | None) -> None:
         await self.may_start.wait()
 
 
