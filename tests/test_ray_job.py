@@ -99,7 +99,7 @@ def test_a_submitted_run_ends_with_its_report_and_its_log_tells_of_the_roles(clu
 def test_a_submitted_run_with_a_mistake_fails_with_exit_status_2_and_names_it(cluster: Cluster) -> None:
     done = cluster.submit("mistake", "configs/embedded.yaml", "policy.num_updates=none")
     assert done.returncode == 1
-    assert "policy.num_updates: got 'none', need" in done.stdout
+    assert 'policy.num_updates: got "none", need an integer: change it' in done.stdout
     assert "exit code 2" in (done.stdout + done.stderr).lower()
     assert not (cluster.folder / "runs" / "mistake").exists()
 
