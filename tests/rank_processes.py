@@ -6,6 +6,7 @@ import os
 import socket
 import traceback
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 TIMEOUT_S = 300.0
 
@@ -15,17 +16,21 @@ class Ranks:
     """``run(function, *arguments)``: what each rank's call of it returns; ``function`` is found by its name."""
 
     connections: list
+    failure: str = ""
 
     def run(self, function, *arguments):
+        assert not self.failure, f"out of step since {self.failure}"
         for connection in self.connections:
             connection.send((function, arguments))
-        answers = []
-        for connection in self.connections:
-            assert connection.poll(TIMEOUT_S), f"{function.__name__}: a rank gave no answer"
-            answers.append(connection.recv())
-        if failures := [trace for _, trace in answers if trace]:
-            raise AssertionError("\n".join(failures))
-        return [answer for answer, _ in answers]
+        answers = {}
+        while len(answers) < len(self.connections) and not self.failure:
+            ready = wait(set(self.connections) - answers.keys(), TIMEOUT_S)
+            answers |= {connection: connection.recv() for connection in ready}
+            self.failure = "" if ready else f"{function.__name__}: a rank gave no answer"
+            # whoever fails alone leaves the others waiting
+            self.failure += "".join(trace for _, trace in answers.values())
+        assert not self.failure, self.failure
+        return [answers[connection][0] for connection in self.connections]
 
 
 @contextlib.contextmanager
