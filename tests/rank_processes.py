@@ -44,8 +44,9 @@ def rank_processes(num_ranks):
         spawn.Process(target=_serve, args=(theirs, rank, num_ranks, port), daemon=True)
         for rank, (_, theirs) in enumerate(pipes)
     ]
-    for process in processes:
+    for process, (_, theirs) in zip(processes, pipes, strict=True):
         process.start()
+        theirs.close()  # so that a rank that dies is noticed at once
     try:
         yield Ranks([ours for ours, _ in pipes])
     finally:
@@ -58,9 +59,12 @@ def _serve(connection, rank, num_ranks, port):
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    from actors.training_engine import join_process_group, start_process
+    import torch
 
-    start_process(1, seed=0)
+    from actors.training_engine import join_process_group
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     join_process_group(TIMEOUT_S)
     while True:
         function, arguments = connection.recv()
