@@ -125,7 +125,7 @@ def test_roles_and_ranks_of_trainers_follow_the_pools(tmp_path, monkeypatch):
     pools = {"policy": {"num_actors": 3}, "reward": {"num_actors": 2, "num_refit_ranks": 2}}
     config = RunConfig.model_validate({"name": "test", "output_dir": tmp_path, "pools": pools})
     monkeypatch.setattr(ray_cluster, "_num_nodes", lambda: 1)
-    cluster = ray_cluster.RayCluster(config, tmp_path, None)
+    cluster = ray_cluster.RayCluster(config, tmp_path, lambda kind, figures: None, None)
     specs = {pool: [(s.role, s.rank, s.num_ranks) for s in cluster._specs(pool)] for pool in ("policy", "reward")}
     assert specs["policy"] == [("policy-0", 0, 3), ("policy-1", 1, 3), ("policy-2", 2, 3)]
     assert specs["reward"] == [("reward-0", 0, 1), ("reward-1", 0, 1), ("refit-0", 0, 2), ("refit-1", 1, 2)]

@@ -34,7 +34,7 @@ def environments(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: objec
     monkeypatch.setattr(ray_cluster, "_num_nodes", lambda: 1)
     monkeypatch.setattr(ray_cluster, "context_length", lambda path, trust_remote_code: 128)
     config = tiny_run(output_dir=str(folder), **changes)
-    cluster = RayCluster(config, folder, None)
+    cluster = RayCluster(config, folder, lambda kind, figures: None, None)
     return [dict(spec.environment) for spec in (*cluster._engines(), *cluster._specs("scoring"))]
 
 
