@@ -92,8 +92,7 @@ class Nodes:
 
     def replace_last(self) -> None:
         """SIGKILL for the newest raylet and all its processes; then a node like it."""
-        for process in tree(self.raylets[-1]):
-            process.kill()
+        end(tree(self.raylets[-1]))
         self._add()
 
     def stop(self) -> None:
