@@ -1,6 +1,6 @@
 """Kills the processes of one run, role after role, and looks whether anything was lost.
 
-    python tests/chaos.py [--kills 30] [--seed 1] [--undisturbed 3] [--folder FOLDER]
+    PYTHONPATH=. .venv/bin/python tests/chaos.py [--kills 30] [--seed 1] [--undisturbed 3] [--folder FOLDER]
 
 A two-node Ray cluster on loopback, of this machine's own processes, carries one run on the embedded world. Every few
 updates a process gets SIGKILL while it works: an engine's worker, a generation actor, a scorer, the ratios' scorer, a
