@@ -34,13 +34,12 @@ Answer = TypeVar("Answer")
 
 def asks(
     method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Answer]],
-    deadline: str = "request_s",
 ) -> Callable[Concatenate[RayPool, Parameters], Coroutine[Any, Any, Answer]]:
     """``method`` of a pool whose actors all do it under the same name; the answer is the first one's."""
 
     async def ask(pool: RayPool, /, *arguments: Parameters.args, **named: Parameters.kwargs) -> Answer:
         assert not named, f"{method.__name__}: arguments go to actors by position"
-        deadline_s = getattr(pool.deadlines, deadline)
+        deadline_s = pool.deadlines.request_s
         answers = await pool.ask_all(pool.actors, method.__name__, *arguments, deadline_s=deadline_s)
         first: Answer = answers[0]
         return first

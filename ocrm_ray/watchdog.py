@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ocrm_ray.errors import StalledError
+from ocrm_ray.metrics import POOLS
 
 OpenCall = tuple[str, str, float]
 """Pool, method, and since when."""
@@ -31,8 +32,7 @@ class OpenCalls:
         """``pool: 2 generate (for 31 s), 1 abort (for 2 s); ...``, the oldest call of each kind."""
         now, found = self._clock(), list(self._open.values())
         return "; ".join(
-            f"{pool}: {', '.join(self._of_method(found, pool, now)) or 'nothing'}"
-            for pool in ("generation", "policy", "scoring", "reward", "evaluation")
+            f"{pool}: {', '.join(self._of_method(found, pool, now)) or 'nothing'}" for pool in (*POOLS, "evaluation")
         )
 
     @staticmethod

@@ -1,10 +1,11 @@
 """A few of the kills of ``chaos.py``, which has the whole program."""
 
-import json
 from pathlib import Path
 
 import pytest
 from chaos import WORLD, disturb, driven, losses
+
+from ocrm_ray.run_files import read_run
 
 pytestmark = pytest.mark.real
 
@@ -15,7 +16,7 @@ def test_after_the_death_of_engine_scorer_trainer_and_driver_no_prompt_is_lost_o
     config = WORLD | {"policy": {"num_updates": 26}}
     with driven(tmp_path, "few", config, num_nodes=0) as driver:
         killed = disturb(driver, ["engine", "scoring", "policy", "driver"], every=5)
-        rows = [json.loads(line) for line in (driver.run_dir / "events.jsonl").read_text().splitlines()]
+        rows = read_run(driver.run_dir).events
     assert killed == ["engine", "scoring", "policy", "driver"]
     assert losses(driver.run_dir, config) == []
     assert [row["actor"] for row in rows if row["event"] == "actor_restarted"] == ["generation-0", "scoring-0"]

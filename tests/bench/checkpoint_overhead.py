@@ -45,13 +45,14 @@ def main() -> None:
         slowed = {step + 1 + place for step, seconds in found for place in range(len(seconds))}
         clean = [row["step_s"] for row in measured.run.metrics if row["step"] > 2 and row["step"] not in slowed]
         usual_s = statistics.median(clean)
-        rows: list[list[object]] = []
-        for step, seconds in found:
-            excess_s = sum(seconds) - len(seconds) * usual_s
-            rows.append([step, len(seconds), sum(seconds), excess_s, f"{excess_s / (options.every * usual_s):.1%}"])
+        excess = [sum(seconds) - len(seconds) * usual_s for _, seconds in found]
+        shares = [excess_s / (options.every * usual_s) for excess_s in excess]
+        rows = [
+            [step, len(seconds), sum(seconds), excess_s, f"{share:.1%}"]
+            for (step, seconds), excess_s, share in zip(found, excess, shares, strict=True)
+        ]
     table("checkpoints", [["behind update", "updates beside it", "their seconds", "excess s", "overhead"], *rows])
-    shares = [float(str(row[-1]).rstrip("%")) for row in rows]
-    note(f"median update {usual_s:.2f} s; overhead: mean {statistics.fmean(shares):.1f} %, each {shares}")
+    note(f"median update {usual_s:.2f} s; mean overhead {statistics.fmean(shares):.1%}")
 
 
 if __name__ == "__main__":
