@@ -6,10 +6,10 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,11 +23,15 @@ from ocrm_ray.errors import ActorDiedError, RunError
 from ocrm_ray.records import FloatArray, GenerationRequest, PolicyWeights, PublishReport, Sample, Sequence
 from ocrm_ray.weight_publisher import probe_position
 
+Answer = TypeVar("Answer")
+
 GIB = 1 << 30
 PREFILL_TOKENS = 2048
 """Tokens that an engine takes in one step on CPU, at least the longest sequence."""
 PREPARE_POLL_S = 0.01
 """Between questions whether an engine has new weights ready; each takes a moment of its time."""
+DEATH_POLL_S = 0.1
+"""Between looks whether an engine that takes weights is still there."""
 SHUTDOWN_GRACE_S = 1.0
 """An engine has nothing to save; left alone, vLLM's CPU processes take longer than 5 s to end."""
 
@@ -97,24 +101,10 @@ class GenerationActor(RequestDesk):
 
         Their KV cache and all cached prefixes are dropped, since both were computed with the old weights. RunError
         if the engine cannot take the weights: before the pause it goes on with the old ones, later it stays paused.
+        ActorDiedError if it dies meanwhile.
         """
-        started = time.monotonic()
         with _named(f"the engine could not take version {weights.version}"):
-            local = await self._local_copy.fetch(weights)
-            fetched = time.monotonic()
-            checked_s, repack_s = await self._prepare(local)
-            paused = time.monotonic()
-            # as pause_generation, without its 20 ms of sleep for outputs on their way
-            await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-            if weights.nccl is None:
-                repack_s += max(await self._engine.collective_rpc("take_weights"))
-            else:
-                await nccl_transport.receive(self._engine, weights)
-            await self._engine.update_weight_version(str(weights.version))
-            await self._engine.resume_generation()
-        ended = time.monotonic()
-        transfer_s, seconds, pause_s = fetched - started + checked_s, ended - started, ended - paused
-        return PublishReport(weights.version, weights.num_bytes, seconds, pause_s, transfer_s, repack_s)
+            return await self._unless_dead(self._take(weights))
 
     async def score(self, sequences: list[Sequence]) -> list[FloatArray]:
         """Log-probs [T] of the responses at temperature 1.
@@ -166,6 +156,35 @@ class GenerationActor(RequestDesk):
             worker_extension_cls=self.worker_extension,
             disable_log_stats=True,
         )
+
+    async def _unless_dead(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """``work``, unless the engine dies: vLLM then fails its requests, but never answers its other calls."""
+        working = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({working}, timeout=DEATH_POLL_S))[0]:
+                if self._engine.errored:
+                    raise self._engine.dead_error
+            return working.result()
+        finally:
+            working.cancel()
+
+    async def _take(self, weights: PolicyWeights) -> PublishReport:
+        started = time.monotonic()
+        local = await self._local_copy.fetch(weights)
+        fetched = time.monotonic()
+        checked_s, repack_s = await self._prepare(local)
+        paused = time.monotonic()
+        # as pause_generation, without its 20 ms of sleep for outputs on their way
+        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+        if weights.nccl is None:
+            repack_s += max(await self._engine.collective_rpc("take_weights"))
+        else:
+            await nccl_transport.receive(self._engine, weights)
+        await self._engine.update_weight_version(str(weights.version))
+        await self._engine.resume_generation()
+        ended = time.monotonic()
+        transfer_s, seconds, pause_s = fetched - started + checked_s, ended - started, ended - paused
+        return PublishReport(weights.version, weights.num_bytes, seconds, pause_s, transfer_s, repack_s)
 
     async def _prepare(self, weights: PolicyWeights) -> tuple[float, float]:
         """Everything that can be done while the engine generates; seconds of (checking, repacking)."""

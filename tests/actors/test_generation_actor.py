@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -12,7 +13,7 @@ from tiny_models import run_config
 
 from actors.weight_transport import WeightExporter
 from ocrm_ray.config import Probe
-from ocrm_ray.errors import RunError, StaleWeightsError
+from ocrm_ray.errors import ActorDiedError, RunError, StaleWeightsError
 from ocrm_ray.records import FloatArray, GenerationRequest, PolicyWeights, Prompt, PublishReport, Sample, Sequence
 from ocrm_ray.weight_publisher import Gap, WeightPublisher
 
@@ -401,3 +402,20 @@ def test_weights_that_are_not_what_was_sent_leave_the_engine_running_on_the_old_
     with pytest.raises(RunError, match=f"could not take version {weights.version}"):
         bench.run(bench.actor.load_weights(weights))
     np.testing.assert_array_equal(bench.run(bench.actor.score(_sequences(8))), before)
+
+
+def test_an_engine_that_dies_while_it_takes_weights_is_reported(bench):
+    """The last test: it kills the engine. No request is open, so that nothing else notices its death."""
+    policy = TorchPolicy(bench.folder, bench.files)
+    weights = bench.run(policy.export_weights())
+    engine = bench.actor._engine_pid
+
+    async def killed_meanwhile():
+        os.kill(engine, signal.SIGSTOP)
+        taking = asyncio.create_task(bench.actor.load_weights(weights))
+        await asyncio.sleep(0)
+        os.kill(engine, signal.SIGKILL)
+        await asyncio.wait_for(taking, timeout=60)
+
+    with pytest.raises(ActorDiedError, match="the vLLM engine died"):
+        bench.run(killed_meanwhile())
