@@ -7,6 +7,9 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-deps
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' docker/cpu-lock.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
+# Real runs wait for processes to start: a second worker tests meanwhile. By files, in their order: see tests/conftest.py.
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 IMAGE := ocrm-ray:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-ray$(shell sed -n 's/^ray==//p' docker/cpu-lock.txt)
 
 .PHONY: demo test lint format bench-setup image-cpu image-gpu deploy-code clean
@@ -16,7 +19,7 @@ demo: $(VENV)/runtime.stamp
 	$(PY) -m ocrm_ray study configs/study/demo.yaml
 
 test: $(VENV)/dev.stamp
-	$(PY) -m pytest
+	$(PY) -m pytest $(IN_TWO) --durations 40
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

@@ -11,6 +11,7 @@ ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS))
 # the models are tiny: a second thread only waits for the first, for long where other processes want the core too
 os.environ["OMP_NUM_THREADS"] = "1"
+LONGEST = ("test_end_to_end.py", "test_chaos.py", "test_ray_job.py")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
 
 
@@ -21,3 +22,8 @@ def two_ranks():
 
     with rank_processes(2) as ranks:
         yield ranks
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: of workers that share the files, none is left alone with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

@@ -42,6 +42,7 @@ STUDY = {
     "seeds": [3],
 }
 
+RUNS = ("tiny", "ready", "quick", "same")
 pytestmark = pytest.mark.real
 
 
@@ -54,8 +55,8 @@ def events(study_dir: Path, arm: str) -> list[dict[str, object]]:
 
 
 def shared_folders() -> set[Path]:
-    """Of runs; other tests, which may go on beside this one, name theirs ``test``."""
-    return {path for path in Path("/dev/shm").glob("ocrm-*") if not path.name.startswith("ocrm-test-")}
+    """Of this module's runs; others may go on beside them."""
+    return {path for run in RUNS for path in Path("/dev/shm").glob(f"ocrm-{run}-*")}
 
 
 def ocrm_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
