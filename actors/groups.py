@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
-from ray.util.placement_group import PlacementGroup
 
+from actors.placement import Share
 from actors.ray_pool import RayPool
 from actors.remote_actor import RemoteActor
 from ocrm_ray.config import Deadlines
@@ -95,8 +95,8 @@ class RayPolicyPool(RayPool):
 class StagingPool(RayPool):
     """A pool whose actors, all but the last, hold a live network and a staged one."""
 
-    def __init__(self, actors: Seq[RemoteActor], group: PlacementGroup, deadlines: Deadlines) -> None:
-        super().__init__(actors, group, deadlines)
+    def __init__(self, actors: Seq[RemoteActor], share: Share, deadlines: Deadlines) -> None:
+        super().__init__(actors, share, deadlines)
         self._live: tuple[Message, ...] = ()
         self._staged: tuple[Message, ...] = ()
         self._captured: tuple[Message, ...] = ()

@@ -14,7 +14,8 @@ import ray
 from actors.generation import engine_environment
 from actors.generation_group import RayGenerationPool
 from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
-from actors.ray_pool import RayPool, plan_bundles
+from actors.placement import Tell, log_wait, plan_bundles, plan_groups, shares
+from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec
 from ocrm_ray.checkpoints import Checkpoint, reward_folder
 from ocrm_ray.config import RunConfig
@@ -53,17 +54,18 @@ class RayTrainer(RayPool):
 
 
 class RayCluster:
-    """``Cluster`` over Ray actors, each pool in a placement group of its own.
+    """``Cluster`` over Ray actors, each pool placed as its section says.
 
     Engines, scorers and the evaluator that a stage started are the ones that RL goes on with.
     """
 
-    def __init__(self, config: RunConfig, shared_memory: Path, saved: Checkpoint | None) -> None:
-        """``saved``: from which the pools of a resumed run go on."""
+    def __init__(self, config: RunConfig, shared_memory: Path, saved: Checkpoint | None, tell: Tell = log_wait) -> None:
+        """``saved``: from which the pools of a resumed run go on. ``tell``: of a wait for a place."""
         self.config = config
         self.saved = saved
         self.paths = stage_paths(config)
         self.bundles = plan_bundles(config.pools)
+        self._shares = shares(plan_groups(config.pools), tell)
         self._shared_memory = shared_memory
         self._started: dict[str, asyncio.Task[RayPool]] = {}
 
@@ -94,7 +96,7 @@ class RayCluster:
     async def _train(self, spec: ActorSpec, method: str, pool: str, show: Show) -> Any:
         """Start an actor, let it train, and end it; its progress, told on a second thread, is shown meanwhile."""
         deadlines = self.config.deadlines
-        trainer = await RayTrainer.start([replace(spec, concurrency=2)], self.bundles[pool][:1], deadlines)
+        trainer = await RayTrainer.start_in(self._shares[pool], [replace(spec, concurrency=2)], deadlines)
 
         def tell(progress: tuple[int, int]) -> None:
             show(ProgressState(stage=spec.role, done=progress[0], total=progress[1], unit="steps"))
@@ -136,7 +138,7 @@ class RayCluster:
         return cast(PoolType, await asyncio.shield(self._started[name]))
 
     async def _start(self, kind: type[RayPool]) -> RayPool:
-        pool = await kind.start(self._specs(kind.name), self.bundles[kind.name], self.config.deadlines)
+        pool = await kind.start_in(self._shares[kind.name], self._specs(kind.name), self.config.deadlines)
         # a rank of the trainer has what no other process knows
         pool.max_replacements = 0 if kind is RayPolicyPool else self.config.faults.max_replacements
         return pool
@@ -213,6 +215,7 @@ class RunActor:
         self._config = config
         self._shared_memory = shared_memory
         self._state = ProgressState(stage="start")
+        self._waits: dict[str, str] = {}
         self._running: asyncio.Task[dict[str, object] | None] | None = None
         self._stopping, self._ended = asyncio.Event(), asyncio.Event()
 
@@ -221,7 +224,7 @@ class RunActor:
 
     async def run(self) -> dict[str, object] | None:
         """The whole run; returns its summary, None if it was to ``finish``. Whatever happens, the pools are ended."""
-        start = functools.partial(RayCluster, self._config, self._shared_memory)
+        start = functools.partial(RayCluster, self._config, self._shared_memory, tell=self._tell_wait)
         self._running = asyncio.create_task(run_with_restarts(self._config, start, self._show, self._stopping))
         try:
             return await self._running
@@ -245,8 +248,14 @@ class RunActor:
             await self._ended.wait()
 
     async def progress(self) -> ProgressState:
-        """Where the run is now."""
-        return self._state
+        """Where the run is now, and which pools wait for a place."""
+        return replace(self._state, note="; ".join(self._waits.values()))
+
+    def _tell_wait(self, group: str, missing: str | None) -> None:
+        log_wait(group, missing)
+        self._waits = {name: text for name, text in self._waits.items() if name != group}
+        if missing is not None:
+            self._waits[group] = f"waiting: {missing}"
 
     def _show(self, state: ProgressState) -> None:
         self._state = state

@@ -64,6 +64,8 @@ def test_sound_configurations_have_no_problems() -> None:
 BIASED = "with correction.strategy ocrm: the ratio of truncated sampling is biased"
 BLOCKING = "need nothing with schedule blocking: it promotes before the next update: remove it"
 BESIDE_WORLD = "need nothing beside world: remove it, or remove world"
+ANOTHER_POOL = "need another pool, with a placement group of its own: name another"
+WHOLE_GPUS = "need at most 1, or a whole number of GPUs of an engine: change it, and num_actors"
 CONTRADICTIONS = {
     "sft.ready=a/b": f'sft.ready: got "a/b", {BESIDE_WORLD}',
     "pairs.ready.path=p.json": 'pairs.ready: got {"path": "p.json", "split": "train", "limit": null, "on_b..., '
@@ -97,7 +99,6 @@ CONTRADICTIONS = {
     "change it, or rollout.prompts_per_step",
     "policy.num_minibatches=256": "policy.num_minibatches: got 256, need a divisor of the 128 samples of a step: "
     "change it, or rollout.prompts_per_step",
-    "pools.policy.num_actors=4": "pools.policy.num_actors: got 4, need 1: the policy trains on one rank: remove it",
     "policy.kl_placement=loss": 'policy.kl_estimator: got "k1", '
     "need k2 or k3 with kl_placement loss: the gradient of k1 is zero on average: change it, or place it in the reward",
     "rollout.straggler=reissue rollout.max_staleness=0": 'rollout.straggler: got "reissue", '
@@ -142,6 +143,17 @@ CONTRADICTIONS = {
     "need at least 2: one member has no variance: raise it, or change the aggregate",
     "correction.strategy=shuffled rollout.top_p=0.9": f"rollout.top_p: got 0.9, "
     f"need 1 {BIASED.replace('ocrm', 'shuffled')}: set it to 1, or use strategy refit",
+    "pools.policy.colocate_with=policy": f'pools.policy.colocate_with: got "policy", {ANOTHER_POOL}',
+    "pools.policy.colocate_with=reward pools.reward.colocate_with=scoring": "pools.policy.colocate_with: "
+    f'got "reward", {ANOTHER_POOL}',
+    "pools.policy.colocate_with=reward pools.policy.strategy=spread": 'pools.policy.strategy: got "spread", '
+    "need pack beside colocate_with: the strategy of reward counts: remove it",
+    "pools.policy.resources.GPU=1": 'pools.policy.resources: got {"GPU": 1.0}, need custom resources: '
+    "use cpus_per_actor and gpus_per_actor for others",
+    "pools.reward.labels.zone=in()": 'pools.reward.labels: got {"zone": "in()"}, '
+    "need VALUE, !VALUE, in(A,B) or !in(A,B) for each: correct it",
+    "pools.scoring.gpus_per_actor=2": f"pools.scoring.gpus_per_actor: got 2.0, {WHOLE_GPUS}",
+    "pools.generation.gpus_per_actor=1.5": f"pools.generation.gpus_per_actor: got 1.5, {WHOLE_GPUS}",
     "pools.evaluation.num_actors=2": "pools.evaluation.num_actors: got 2, need 1: one actor evaluates: remove it",
 }
 
@@ -193,6 +205,9 @@ def test_a_contradiction_without_the_world_is_told(overrides: str) -> None:
         "policy.kl_placement=loss policy.kl_coefficient=0",
         "correction.promote_after=3",
         "policy.num_minibatches=128",
+        "pools.generation.gpus_per_actor=4 pools.policy.gpus_per_actor=0.5 pools.policy.num_actors=4",
+        "pools.policy.colocate_with=generation pools.generation.strategy=strict_pack",
+        "pools.policy.resources.policy=0.01 pools.policy.labels.zone='!in(a,b)' pools.policy.labels.kind=gpu",
         "rollout.straggler=reissue",
     ],
 )
