@@ -35,12 +35,10 @@ PoolType = TypeVar("PoolType", bound=RayPool)
 def choose_transport(config: RunConfig, num_nodes: int) -> tuple[bool, bool]:
     """Whether weights go through Ray's object store instead of shared memory, and whether engines get them by NCCL.
 
-    With NCCL, which needs whole GPUs, scorers still read the copy on the trainer's host.
+    With NCCL scorers still read the copy on the trainer's host.
     """
-    wanted, pools = config.publish.transport, config.pools
-    whole_gpus = min(pools.policy.gpus_per_actor, pools.generation.gpus_per_actor) >= 1
-    by_nccl = wanted == "nccl" or (wanted == "auto" and whole_gpus)
-    return wanted == "object_store" or (wanted != "shared_memory" and num_nodes > 1), by_nccl
+    wanted = config.publish.transport
+    return wanted == "object_store" or (wanted != "shared_memory" and num_nodes > 1), config.by_nccl
 
 
 def _num_nodes() -> int:

@@ -3,6 +3,7 @@
 ``ocrm_ray.config`` puts them into the tree and names them again: import from there.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -72,6 +73,17 @@ class Pools(Section):
     scoring: Pool = Pool()
     reward: Pool = Pool()
     evaluation: Pool = Pool()
+
+
+class Assumed(Section):
+    """What ``check`` takes for granted of models and GPUs that are not here; without effect on a run."""
+
+    policy: Path | None = None
+    """A folder with the policy's ``config.json``, where ``sft`` names a model that is not on this machine."""
+    reward: Path | None = None
+    """The same of the reward model, where ``reward`` names one."""
+    gpu_gib: PositiveFloat = 80.0
+    """Memory of one GPU."""
 
 
 class Deadlines(Section):

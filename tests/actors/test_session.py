@@ -70,5 +70,5 @@ def test_a_ray_address_without_a_cluster_is_the_users_error(monkeypatch, address
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:8265"])
 def test_an_address_to_check_without_a_cluster_is_the_users_error(address):
-    with pytest.raises(UserError, match="RAY_ADDRESS: got .*, need"), connection(address):
+    with pytest.raises(UserError, match=r"RAY_ADDRESS: got .*, need"), connection(address):
         pass
