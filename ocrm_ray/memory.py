@@ -250,7 +250,7 @@ def memory_lines(config: RunConfig, sizes: NetworkSizes) -> list[str]:
     """A table of the ranks in GiB, whether those on GPUs fit ``assumed.gpu_gib``, and what a KV cache holds."""
     ranks = memory_ranks(config, sizes)
     lines = [f"{'GiB of each':15}{'ranks':>6}" + "".join(f"{part:>12}" for part in (*PARTS, "together"))]
-    for rank in ranks:
+    for rank in filter(lambda rank: rank.total, ranks):
         figures = (*(rank.parts.get(part, 0.0) for part in PARTS), rank.total)
         lines.append(f"{rank.role:15}{rank.num_ranks:6}" + "".join(f"{figure / GIB:12.2f}" for figure in figures))
     demands = gpu_demands(config, ranks)

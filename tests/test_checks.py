@@ -455,7 +455,7 @@ def test_asking_for_more_than_the_machine_has_is_told() -> None:
         f"pools: got 1.5 GPUs (policy 0.5, reward 1), need at most 0 (this machine's): {gpu_do}"
     ]
     assert lines(inspect(config_of(WORLD, "pools.generation.kv_cache_gib=100"))) == [
-        "pools: got 105.01 GiB of memory (generation 102.5, policy 0.5, scoring 0.5, reward 0.5, evaluation 0.5, "
+        "pools: got 106.27 GiB of memory (generation 102.5, policy 0.61, scoring 1.08, reward 1.08, evaluation 0.5, "
         "ray 0.5), need at most 32 (this machine's): "
         "use smaller models, bfloat16, fewer actors, a smaller kv_cache_gib"
     ]
@@ -470,13 +470,14 @@ def test_memory_follows_its_formula() -> None:
     overrides = ["pools.scoring.num_actors=2", "pools.scoring.dtype=bfloat16", "policy.algorithm=ppo"]
     config = config_of(WORLD, *overrides, "policy.micro_batch_tokens=10")
     memory = memory_gib(config, NetworkSizes(policy=GIB, reward=GIB // 2, vocabulary=1000))
-    logits = 2 * 4 * 10 * 1000 / GIB
+    longest = 4 + 64  # words of a prompt, rollout.max_new_tokens: such a sequence goes alone
+    logits, scoring_logits, exports = 2 * 4 * longest * 1000 / GIB, 4 * 16384 * 1000 / GIB, 2 * 4
     assert memory == pytest.approx(
         {
             "generation": 2.5 + 3 * 4 + 1,
-            "policy": 0.5 + 16 * 1.5 + logits,
-            "scoring": 2 * (0.5 + 3 * 2),
-            "reward": 0.5 + 3 * 4 * 0.5 + 16 * 0.5,
+            "policy": 0.5 + 16 * 1.5 + logits + exports,
+            "scoring": 2 * (0.5 + 2 + scoring_logits) + (0.5 + 2 * 2 + scoring_logits),
+            "reward": (0.5 + 2 * 4 * 0.5) + (0.5 + 16 * 0.5),
             "evaluation": 0.5,
             "ray": 0.5,
         }

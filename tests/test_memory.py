@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import EOS, build_policy, llama_config, pad_batch, random_pairs
+from tiny_models import EOS, build_policy, llama_config, pad_batch
 
+from actors.placement import Node, cluster_problems, plan_bundles
+from ocrm_ray.cli import main
 from ocrm_ray.config import RunConfig
+from ocrm_ray.config_file import load_run_config
+from ocrm_ray.inspection import network_sizes
 from ocrm_ray.memory import (
     GIB,
     Layers,
@@ -24,9 +28,11 @@ from ocrm_ray.memory import (
 )
 from ocrm_ray.model_folders import read_shape
 from ocrm_ray.networks import ScalarModel, checkpoint_layers
+from ocrm_ray.records import Sequence
 
+ROOT = Path(__file__).parent.parent
 WIDE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4}
-SEQUENCES = [pair.chosen for pair in random_pairs(64, seed=1)]
+SEQUENCES = [Sequence((3, 4, first), (5, 6, 7, 8, EOS), True) for first in range(5, 25)]  # none is padded
 SHAPES = {"grouped keys": {"num_key_value_heads": 2}, "wide heads": {"num_key_value_heads": 4, "head_dim": 64}}
 
 
@@ -48,7 +54,7 @@ def saved_by_torch(model, batch):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_layers_save_is_within_five_percent_of_what_torch_saves(shape, checkpointing, dtype):
+def test_what_layers_save_is_within_one_percent_of_what_torch_saves(shape, checkpointing, dtype):
     from transformers import LlamaForSequenceClassification
 
     config = llama_config(**WIDE, **SHAPES[shape], num_labels=1, pad_token_id=EOS)
@@ -56,7 +62,7 @@ def test_what_layers_save_is_within_five_percent_of_what_torch_saves(shape, chec
     if checkpointing:
         checkpoint_layers(model)
     batch = pad_batch(SEQUENCES, EOS)
-    num_tokens = sum((rows.stop - rows.start) * width for rows, width in batch.blocks())
+    num_tokens = batch.tokens.numel()
     layers = layers_of(config.to_dict())
     predicted = saved_bytes(layers, Training(dtype, 0, 1, checkpointing, num_tokens))
     if checkpointing:  # the layer that is computed again is not there yet
@@ -66,8 +72,7 @@ def test_what_layers_save_is_within_five_percent_of_what_torch_saves(shape, chec
         )
         predicted -= whole - ends
     measured = saved_by_torch(model, batch)
-    print(shape, dtype, checkpointing, predicted, measured, predicted / measured)
-    assert predicted == pytest.approx(measured, rel=0.05)
+    assert predicted == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -171,9 +176,6 @@ def test_what_is_too_much_for_a_gpu_is_told_with_policy_and_critic_as_one():
     )
 
 
-CLUSTERS = Path(__file__).parent.parent / "configs" / "clusters"
-
-
 def test_exports_are_as_large_as_what_is_exported(tmp_path):
     network = build_policy(**WIDE, tie_word_embeddings=True)
     exported = sum(tensor.nbytes for tensor in network.state_dict().values())
@@ -182,3 +184,25 @@ def test_exports_are_as_large_as_what_is_exported(tmp_path):
     facts, _ = read_shape("assumed.policy", tmp_path, "policy")
     sizes = NetworkSizes(facts.num_parameters, 0, 32, tied_head=settings["vocab_size"] * settings["hidden_size"])
     assert export_bytes(config_of(), sizes) == exported
+
+
+CLUSTERS = {"1x8": (8, 1.24e9), "4x8": (32, 8.03e9), "64": (64, 70.6e9)}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_an_example_cluster_is_checked_without_its_models_and_nothing_waits_on_it(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    path = ROOT / "configs" / "clusters" / f"{name}.yaml"
+    assert main(["check", str(path)]) == 0
+    out = capsys.readouterr().out
+    config, (num_gpus, num_parameters) = load_run_config(path, []), CLUSTERS[name]
+    sizes = network_sizes(config)
+    assert sizes.policy == pytest.approx(num_parameters, rel=0.01)
+    bundles = [bundle for of_pool in plan_bundles(config.pools).values() for bundle in of_pool]
+    assert sum(bundle["GPU"] for bundle in bundles) == num_gpus
+    nodes = [Node(str(number), *[{"CPU": 64.0, "GPU": 8.0}] * 2) for number in range(num_gpus // 8)]
+    assert cluster_problems(config.pools, nodes) == []
+    assert f"memory: fits GPUs of {config.assumed.gpu_gib:g} GiB" in out
+    assert "they keep up and nothing waits" in out
+    assert "predicted step: " in out
