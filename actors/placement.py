@@ -60,14 +60,12 @@ class Node:
 def plan_bundles(pools: Pools) -> dict[str, list[Bundle]]:
     """Ray resources of every actor, by pool: one bundle an actor, in the order in which a pool spawns them.
 
-    Two pools have one actor more than ``num_actors``, the last of its list: scoring its background actor
-    (snapshots and pair ratios), reward its refitter. Evaluation always is one actor.
+    What corrections use is last in its list.
     """
     plan: dict[str, list[Bundle]] = {}
     for name, pool in pools:
-        num_actors = 1 if name == "evaluation" else pool.num_actors + (name in ("scoring", "reward"))
         gpus = {"GPU": pool.gpus_per_actor} if pool.gpus_per_actor > 0 else {}
-        plan[name] = [{"CPU": pool.cpus_per_actor, **gpus, **pool.resources} for _ in range(num_actors)]
+        plan[name] = [{"CPU": pool.cpus_per_actor, **gpus, **pool.resources} for _ in range(pools.num_placed(name))]
     return plan
 
 
@@ -161,13 +159,14 @@ def shortage(requests: Seq[GroupRequest], nodes: Seq[Node]) -> dict[str, str]:
     """By pool, what it asks for and, if not all of its actors find a place, why each node takes no more."""
     missing, left = unplaced(requests, nodes)
     texts: dict[str, str] = {}
-    for name in dict.fromkeys(slot.pool for slot in missing):
-        slots = [slot for slot in missing if slot.pool == name]
-        causes = (
-            f"{node.name}: {', '.join(_lacks(slots[0], node, left[node.name])) or 'not beside the others'}"
-            for node in nodes
-        )
-        texts[name] = f"{len(slots)} x {_shown(slots[0])} find no node ({'; '.join(causes) or 'there is none'})"
+    for pool in dict.fromkeys(slot.pool for slot in missing):
+        slots = [slot for slot in missing if slot.pool == pool]
+        alike: dict[str, list[str]] = {}
+        for node in nodes:
+            cause = ", ".join(_lacks(slots[0], node, left[node.name])) or "not beside the others"
+            alike.setdefault(cause, []).append(node.name)
+        causes = "; ".join(f"{', '.join(names)}: {cause}" for cause, names in alike.items())
+        texts[pool] = f"{len(slots)} x {_shown(slots[0])} find no node ({causes or 'there is none'})"
     return texts
 
 

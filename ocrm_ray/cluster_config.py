@@ -74,6 +74,12 @@ class Pools(Section):
     reward: Pool = Pool()
     evaluation: Pool = Pool()
 
+    def num_placed(self, name: str) -> int:
+        """Actors of a pool, with what corrections use: scoring has one more (snapshots and pair ratios), reward a
+        refitter. Evaluation always is one."""
+        pool: Pool = getattr(self, name)
+        return 1 if name == "evaluation" else pool.num_actors + (name in ("scoring", "reward"))
+
 
 class Assumed(Section):
     """What ``check`` takes for granted of models and GPUs that are not here; without effect on a run."""

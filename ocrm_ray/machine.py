@@ -23,8 +23,9 @@ def machine_problems(config: RunConfig, sizes: NetworkSizes | None) -> list[Prob
 
     if os.environ.get("RAY_ADDRESS"):
         return []
-    cpus = {name: pool.num_actors * pool.cpus_per_actor for name, pool in config.pools}
-    gpus = {name: pool.num_actors * pool.gpus_per_actor for name, pool in config.pools if pool.gpus_per_actor}
+    placed = [(name, config.pools.num_placed(name), pool) for name, pool in config.pools]
+    cpus = {name: num * pool.cpus_per_actor for name, num, pool in placed}
+    gpus = {name: num * pool.gpus_per_actor for name, num, pool in placed if pool.gpus_per_actor}
     memory = {} if sizes is None else memory_gib(config, sizes)
     smaller = "use smaller models, bfloat16, fewer actors, a smaller kv_cache_gib"
     demands: list[tuple[str, Mapping[str, float], float, str]] = [

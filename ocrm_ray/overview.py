@@ -43,9 +43,10 @@ def _show_pools(console: "Console", config: RunConfig) -> None:
     for column in ("pool", "actors", "CPUs", "GPUs", "dtype", "host memory"):
         table.add_column(column, justify="left" if column in ("pool", "dtype") else "right")
     for name, pool in config.pools:
-        cpus, gpus = pool.num_actors * pool.cpus_per_actor, pool.num_actors * pool.gpus_per_actor
+        num_placed = config.pools.num_placed(name)
+        cpus, gpus = num_placed * pool.cpus_per_actor, num_placed * pool.gpus_per_actor
         taken = f"{memory[name]:.1f} GiB" if memory else "?"
-        table.add_row(name, str(pool.num_actors), f"{cpus:g}", f"{gpus:g}", pool.dtype, taken)
+        table.add_row(name, str(num_placed), f"{cpus:g}", f"{gpus:g}", pool.dtype, taken)
     cost = step_cost(config, sizes)
     unknown = ["predicted step: not known, a model is not on this machine and no earlier run is in the run folder"]
     lines = memory_lines(config, sizes) if sizes else []

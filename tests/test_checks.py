@@ -448,11 +448,11 @@ def test_asking_for_more_than_the_machine_has_is_told() -> None:
     do = "lower cpus_per_actor or num_actors, or set RAY_ADDRESS to a cluster"
     gpu_do = "lower gpus_per_actor, or set RAY_ADDRESS to a cluster"
     assert lines(inspect(config_of(WORLD, "pools.policy.cpus_per_actor=4"))) == [
-        "pools: got 4.4 CPUs (generation 0.1, policy 4, scoring 0.1, reward 0.1, evaluation 0.1), "
+        "pools: got 4.6 CPUs (generation 0.1, policy 4, scoring 0.2, reward 0.2, evaluation 0.1), "
         f"need at most 4 (this machine's): {do}"
     ]
     assert lines(inspect(config_of(WORLD, "pools.policy.gpus_per_actor=0.5", "pools.reward.gpus_per_actor=1"))) == [
-        f"pools: got 1.5 GPUs (policy 0.5, reward 1), need at most 0 (this machine's): {gpu_do}"
+        f"pools: got 2.5 GPUs (policy 0.5, reward 2), need at most 0 (this machine's): {gpu_do}"
     ]
     assert lines(inspect(config_of(WORLD, "pools.generation.kv_cache_gib=100"))) == [
         "pools: got 106.27 GiB of memory (generation 102.5, policy 0.61, scoring 1.08, reward 1.08, evaluation 0.5, "

@@ -303,7 +303,7 @@ def test_check_prints_tree_pools_and_step_and_touches_nothing(
     out, err = capsys.readouterr()
     tree, pools = out.split("\n\n", 1)
     assert RunConfig.model_validate(yaml.safe_load(tree)).policy.num_updates == 20
-    assert [line.split()[:3] for line in pools.splitlines() if line.startswith(" scoring")] == [["scoring", "3", "0.3"]]
+    assert [line.split()[:3] for line in pools.splitlines() if line.startswith(" scoring")] == [["scoring", "4", "0.4"]]
     assert "predicted step: " in pools
     assert "predicted run: 20 updates" in pools
     assert err == ""

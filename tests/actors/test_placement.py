@@ -1,6 +1,7 @@
 """What pools ask of Ray, and what of it a cluster lacks: told from node tables, without Ray."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,8 @@ from actors.placement import (
     shortage,
     unplaced,
 )
-from ocrm_ray.config import GenerationPool, Pool, Pools
+from actors.ray_cluster import RunActor
+from ocrm_ray.config import GenerationPool, Pool, Pools, RunConfig
 from ocrm_ray.errors import DeadlineError
 
 CPU = {"CPU": 0.1}
@@ -119,7 +121,7 @@ def left_of(strategy, num_asked):
 
 def test_packed_actors_are_on_few_nodes_and_spread_ones_on_all():
     assert left_of("pack", 4) == left_of("strict_pack", 4) == [0, 4]
-    assert left_of("spread", 4) == left_of("spread", 4) == [2, 2]
+    assert left_of("spread", 4) == [2, 2]
 
 
 def test_a_group_on_one_node_is_placed_before_others_take_parts_of_all():
@@ -154,7 +156,7 @@ def test_a_shortage_names_the_actors_and_what_each_node_lacks():
     assert text == ("2 x 0.1 CPU + 1 GPU + label zone=b find no node (n0: label zone is a; n1: 0 of 4 GPU left)")
     assert shortage([asked("pack", GPU, labels={"zone": "b"})], nodes) == {}
     strict = shortage([asked("strict_spread", CPU, CPU, CPU)], nodes)["policy"]
-    assert strict == "1 x 0.1 CPU find no node (n0: not beside the others; n1: not beside the others)"
+    assert strict == "1 x 0.1 CPU find no node (n0, n1: not beside the others)"
 
 
 def test_a_cluster_without_room_is_told_pool_by_pool_with_every_node():
@@ -223,3 +225,19 @@ def test_a_group_that_could_not_be_reserved_is_tried_again_by_the_next(reserved)
                 await group.enter(1.0)
 
     asyncio.run(play())
+
+
+def test_a_run_shows_what_it_waits_for_until_it_has_a_place():
+    actor = RunActor(RunConfig(name="trial"), Path("unused"))
+
+    async def play():
+        actor._tell_wait("policy", "pool policy: no GPU")
+        actor._tell_wait("reward", "pool reward: no GPU")
+        waiting = await actor.progress()
+        actor._tell_wait("policy", None)
+        return waiting.figures, (await actor.progress()).figures
+
+    assert asyncio.run(play()) == (
+        "waiting: pool policy: no GPU; waiting: pool reward: no GPU",
+        "waiting: pool reward: no GPU",
+    )
