@@ -130,8 +130,10 @@ def test_a_group_on_one_node_is_placed_before_others_take_parts_of_all():
 
 
 def test_a_large_actor_is_placed_before_small_ones_take_parts_of_its_node():
-    requests = [asked("pack", GPU), asked("pack", GPU | {"GPU": 4.0})]
-    assert unplaced(requests, [node("small", CPU=8, GPU=1), node("large", CPU=8, GPU=4)])[0] == []
+    nodes = [node("small", CPU=16, GPU=1), node("large", CPU=8, GPU=4)]
+    large = GPU | {"GPU": 4.0}
+    assert unplaced([asked("pack", GPU), asked("pack", large)], nodes)[0] == []
+    assert unplaced([asked("pack", GPU, large)], nodes)[0] == []
 
 
 def test_custom_resources_and_labels_decide_which_node_is_taken():
