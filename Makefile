@@ -7,7 +7,9 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-deps
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' docker/cpu-lock.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint format bench-setup clean
+IMAGE := ocrm-ray:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-ray$(shell sed -n 's/^ray==//p' docker/cpu-lock.txt)
+
+.PHONY: demo test lint format bench-setup image-cpu image-gpu deploy-code clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
@@ -47,6 +49,16 @@ $(VENV)/bench.stamp: $(VENV)/runtime.stamp docker/bench-lock.txt
 	rm -rf $(VENV)/bench
 	$(PIP) --target $(VENV)/bench -r docker/bench-lock.txt
 	touch $@
+
+# Images of what the code needs, and the code for a cluster that gets it from a config map: see deploy/README.md.
+image-cpu:
+	docker build --build-arg TORCH_INDEX=$(TORCH_INDEX) -f docker/Dockerfile.cpu -t $(IMAGE)-cpu docker
+
+image-gpu:
+	docker build -f docker/Dockerfile.gpu -t $(IMAGE)-gpu docker
+
+deploy-code:
+	git archive --format zip --prefix ocrm-ray/ -o deploy/kuberay/base/ocrm-ray.zip HEAD ocrm_ray actors configs
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

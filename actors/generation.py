@@ -4,15 +4,18 @@ import asyncio
 import contextlib
 import itertools
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from actors import nccl_transport
 from actors.request_desk import RequestDesk
+from actors.shared_memory import shared_folder
 from actors.vllm_worker import no_queue_left
 from actors.weight_transport import LocalCopy
 from ocrm_ray.config import GenerationPool, RunConfig
@@ -72,6 +75,7 @@ class GenerationActor(RequestDesk):
         self._engine: Any = None
         self._engine_pid = 0
         self._score_ids = itertools.count()
+        self._temporary = contextlib.ExitStack()
 
     async def start(self) -> None:
         """Start the engine with the folder's weights as version 0; blocks the event loop while it starts.
@@ -79,6 +83,7 @@ class GenerationActor(RequestDesk):
         Both request paths are used once, so that no later request pays for vLLM's first-use costs.
         """
         os.environ.update(engine_environment(self._pool))
+        self._temporary.enter_context(_own_temporary_folder())
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._engine = AsyncLLM.from_engine_args(self._engine_args())
@@ -132,6 +137,7 @@ class GenerationActor(RequestDesk):
             with no_queue_left(self._engine_pid):
                 self._engine.shutdown(timeout=SHUTDOWN_GRACE_S)
             self._engine = None
+        self._temporary.close()
 
     def _engine_args(self) -> Any:
         from vllm.config import WeightTransferConfig
@@ -150,7 +156,7 @@ class GenerationActor(RequestDesk):
             # vLLM's CPU worker dies when the prompt of a seeded request is split: its generator cannot be set back
             enable_chunked_prefill=not on_cpu,
             max_num_batched_tokens=max(PREFILL_TOKENS, self.max_model_len) if on_cpu else None,
-            enable_prefix_caching=True,
+            enable_prefix_caching=not self.config.deterministic,  # what is cached is computed in other parts
             kv_cache_memory_bytes=int(self._pool.kv_cache_gib * GIB) if on_cpu else None,
             gpu_memory_utilization=self._pool.gpu_memory_share,
             tensor_parallel_size=num_ranks,
@@ -231,6 +237,18 @@ def _sample_of(request: GenerationRequest, completion: Any) -> Sample:
     has_eos = completion.finish_reason == "stop"
     sequence = Sequence(request.prompt.token_ids, tuple(completion.token_ids), has_eos)
     return Sample(sequence, values, first_version=int(spans[0].version), last_version=int(spans[-1].version))
+
+
+@contextlib.contextmanager
+def _own_temporary_folder() -> Iterator[None]:
+    """For the sockets and files of vLLM, which it leaves behind."""
+    usual = tempfile.gettempdir()
+    with shared_folder("engine", Path(usual)) as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            os.environ["TMPDIR"] = tempfile.tempdir = usual
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 import numpy as np
 
 from actors.placement import Share
-from actors.ray_pool import RayPool
+from actors.ray_pool import RayPool, together
 from actors.remote_actor import RemoteActor
 from ocrm_ray.config import Deadlines
 from ocrm_ray.errors import ActorDiedError, RunError
@@ -22,7 +22,6 @@ from ocrm_ray.records import Calibration, FloatArray, IntArray, PolicyWeights, R
 
 PAIR_CHUNK = 512
 """Training pairs of one ``pair_logprobs`` message: what one deadline covers."""
-ALL, ALL_BUT_LAST = slice(None), slice(-1)
 
 Message: TypeAlias = tuple[str, tuple[Any, ...]]
 """A method and its arguments."""
@@ -34,19 +33,32 @@ Answer = TypeVar("Answer")
 
 def asks(
     method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Answer]],
-    actors: slice = ALL,
     deadline: str = "request_s",
 ) -> Callable[Concatenate[RayPool, Parameters], Coroutine[Any, Any, Answer]]:
-    """``method`` of a pool whose ``actors`` all do it under the same name; the answer is the first one's."""
+    """``method`` of a pool whose actors all do it under the same name; the answer is the first one's."""
 
     async def ask(pool: RayPool, /, *arguments: Parameters.args, **named: Parameters.kwargs) -> Answer:
         assert not named, f"{method.__name__}: arguments go to actors by position"
         deadline_s = getattr(pool.deadlines, deadline)
-        answers = await pool.ask_all(pool.actors[actors], method.__name__, *arguments, deadline_s=deadline_s)
+        answers = await pool.ask_all(pool.actors, method.__name__, *arguments, deadline_s=deadline_s)
         first: Answer = answers[0]
         return first
 
     return ask
+
+
+def in_turn(
+    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Answer]],
+) -> Callable[Concatenate["RayPolicyPool", Parameters], Coroutine[Any, Any, Answer]]:
+    """As ``asks``, one call after another: else two ranks could take two calls in different orders, and wait for each
+    other for ever."""
+    ask = asks(method)
+
+    async def ask_in_turn(pool: "RayPolicyPool", /, *arguments: Parameters.args, **named: Parameters.kwargs) -> Answer:
+        async with pool.turn:
+            return await ask(pool, *arguments, **named)
+
+    return ask_in_turn
 
 
 def split_evenly(items: Seq[Item], num_parts: int) -> list[list[Item]]:
@@ -55,9 +67,9 @@ def split_evenly(items: Seq[Item], num_parts: int) -> list[list[Item]]:
     return [list(items[start:stop]) for start, stop in itertools.pairwise(bounds) if stop > start]
 
 
-async def score_spread(pool: RayPool, sequences: Seq[Sequence], by: str | tuple[str, ...]) -> list[Any]:
-    """``score(share, by)`` of each actor but the last on its share of ``sequences``; idle actors are not asked."""
-    actors, deadline_s = pool.actors[ALL_BUT_LAST], pool.deadlines.request_s
+async def score_spread(pool: "StagingPool", sequences: Seq[Sequence], by: str | tuple[str, ...]) -> list[Any]:
+    """``score(share, by)`` of each of the servers on its share of ``sequences``; idle ones are not asked."""
+    actors, deadline_s = pool.servers, pool.deadlines.request_s
     shares = zip(actors, split_evenly(sequences, len(actors)), strict=False)
     calls = (pool.ask(actor, "score", share, by, deadline_s=deadline_s) for actor, share in shares)
     return list(await asyncio.gather(*calls))
@@ -71,16 +83,20 @@ class RayPolicyPool(RayPool):
     before_release: Callable[[PolicyWeights], Awaitable[None]] | None = None
     """Told whose place is about to be written again."""
 
-    update = asks(PolicyPool.update)
-    learn_pairs = asks(PolicyPool.learn_pairs)
-    export_weights = asks(PolicyPool.export_weights)
-    logprobs = asks(PolicyPool.logprobs)
-    stage = asks(PolicyPool.stage)
-    commit = asks(PolicyPool.commit)
-    capture = asks(PolicyPool.capture)
+    update = in_turn(PolicyPool.update)
+    learn_pairs = in_turn(PolicyPool.learn_pairs)
+    export_weights = in_turn(PolicyPool.export_weights)
+    logprobs = in_turn(PolicyPool.logprobs)
+    stage = in_turn(PolicyPool.stage)
+    commit = in_turn(PolicyPool.commit)
+    capture = in_turn(PolicyPool.capture)
     write_checkpoint = asks(PolicyPool.write_checkpoint)
-    saved_snapshot = asks(PolicyPool.saved_snapshot)
-    save = asks(PolicyPool.save)
+    saved_snapshot = in_turn(PolicyPool.saved_snapshot)
+    save = in_turn(PolicyPool.save)
+
+    def __init__(self, actors: Seq[RemoteActor], share: Share, deadlines: Deadlines) -> None:
+        super().__init__(actors, share, deadlines)
+        self.turn = asyncio.Lock()
 
     async def release_weights(self, weights: PolicyWeights) -> None:
         if self.before_release is not None:
@@ -93,16 +109,18 @@ class RayPolicyPool(RayPool):
 
 
 class StagingPool(RayPool):
-    """A pool whose actors, all but the last, hold a live network and a staged one."""
+    """A pool whose ``servers``, all actors but the last or its ranks, hold a live network and a staged one."""
 
     def __init__(self, actors: Seq[RemoteActor], share: Share, deadlines: Deadlines) -> None:
         super().__init__(actors, share, deadlines)
+        num_servers = len(self.actors) - self.actors[-1].num_ranks
+        self.servers, self.background = self.actors[:num_servers], self.actors[num_servers:]
         self._live: tuple[Message, ...] = ()
         self._staged: tuple[Message, ...] = ()
         self._captured: tuple[Message, ...] = ()
 
     async def catch_up(self, actor: RemoteActor) -> None:
-        told = (*self._captured, *self._live, *self._staged) if actor in self.actors[ALL_BUT_LAST] else ()
+        told = (*self._captured, *self._live, *self._staged) if actor in self.servers else ()
         for method, arguments in told:
             await actor.call(method, *arguments, deadline_s=self.deadlines.request_s)
 
@@ -116,7 +134,7 @@ class StagingPool(RayPool):
         return (await self._tell(method, promotion_id, *arguments))[0]
 
     async def _tell(self, method: str, *arguments: Any) -> list[Any]:
-        return await self.ask_all(self.actors[ALL_BUT_LAST], method, *arguments, deadline_s=self.deadlines.request_s)
+        return await self.ask_all(self.servers, method, *arguments, deadline_s=self.deadlines.request_s)
 
 
 class RayScoringPool(StagingPool):
@@ -147,7 +165,7 @@ class RayScoringPool(StagingPool):
 
     async def _in_background(self, method: str, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
         """Chunk after chunk on the background actor, so that scoring for the policy is never behind it."""
-        background, deadline_s = self.actors[-1], self.deadlines.request_s
+        (background,), deadline_s = self.background, self.deadlines.request_s
         if weights is not None:
             await self.ask(background, "load_snapshot", weights, deadline_s=deadline_s)
         chunks = [
@@ -158,7 +176,7 @@ class RayScoringPool(StagingPool):
 
 
 class RayRewardPool(StagingPool):
-    """``RewardPool`` over ``RewardServer``s and, the last actor, one ``RewardRefitter``.
+    """``RewardPool`` over ``RewardServer``s and, the last actors, the ranks of one ``RewardRefitter``.
 
     Every server calibrates a staged model on the same set: the first one's answer is that of all.
     """
@@ -167,14 +185,15 @@ class RayRewardPool(StagingPool):
 
     async def refit(self, request: RefitRequest) -> RefitReport:
         """RunError where the refitter dies; another one is then there."""
-        refitter = self.actors[-1]
-        num_replaced = refitter.num_replaced
+        first, deadline_s = self.background[0], self.deadlines.refit_s
+        num_replaced = first.num_replaced
         try:
-            report: RefitReport = await refitter.call("refit", request, deadline_s=self.deadlines.refit_s)
+            calls = (refitter.call("refit", request, deadline_s=deadline_s) for refitter in self.background)
+            reports: list[RefitReport] = await together(calls)
         except ActorDiedError as error:
-            await self.replace(refitter, num_replaced, error)
+            await self.replace(first, num_replaced, error)
             raise RunError(f"{error}; another process has taken its place") from error
-        return report
+        return reports[0]
 
     async def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
         calibration: Calibration = await self._stage("stage", promotion_id, refit)

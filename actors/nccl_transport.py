@@ -5,8 +5,7 @@ the trainer's own tensors change meanwhile. A collective whose other side is mis
 pools' calls end it. Never run on GPUs so far: tests hold order of calls and ranks with stand-ins for NCCL.
 """
 
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,25 +35,23 @@ class NcclExporter(WeightExporter):
         self, folder: Path | None, tensors: Mapping[str, Tensor], checksum: bool, pool: GenerationPool
     ) -> None:
         """``pool``: the engines, each of which calls ``receive`` at every ``send``."""
-        import ray
+        from actors.remote_actor import meeting_point
 
         super().__init__(folder, tensors, checksum)
-        address = ray.util.get_node_ip_address()
-        with socket.create_server((address, 0)) as free:
-            port = free.getsockname()[1]
+        address, port = meeting_point()
         num_ranks = 1 + pool.num_actors * ranks_per_engine(pool)
         self._group = {"master_address": address, "master_port": port, "world_size": num_ranks}
-        self._source = _Source()
-        self._reader = WeightReader()
-        self._sender: Any = None
-
-    def export(self, version: int, tensors: Mapping[str, Tensor]) -> PolicyWeights:
-        update = {
+        self._update = {
             "names": list(tensors),
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
             "shapes": [list(tensor.shape) for tensor in tensors.values()],
         }
-        return replace(super().export(version, tensors), nccl={"group": self._group, "update": update})
+        self._source = _Source()
+        self._reader = WeightReader()
+        self._sender: Any = None
+
+    def export(self, version: int, buckets: Iterable[Mapping[str, Tensor]]) -> PolicyWeights:
+        return replace(super().export(version, buckets), nccl={"group": self._group, "update": self._update})
 
     def send(self, weights: PolicyWeights) -> None:
         if self._sender is None:

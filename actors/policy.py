@@ -14,10 +14,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from actors.engine_settings import EngineSettings
 from actors.nccl_transport import NcclExporter
-from actors.training_engine import EngineSettings, EngineState, TrainingEngine, start_process
+from actors.training_engine import EngineState, TrainingEngine, join_process_group, start_process
 from actors.weight_transport import WeightExporter, WeightReader
-from ocrm_ray import networks
+from ocrm_ray import networks, ranks
 from ocrm_ray import policy_learning as learning
 from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable, length_chunks, pad_rows
@@ -96,7 +97,8 @@ class Critic:
 class PolicyActor:
     """The policy in a DeepSpeed engine, for PPO with its critic. Versions count updates; version 0 is the SFT model.
 
-    Calls that share the engine wait for each other; ``release_weights`` and ``send_weights`` run beside them.
+    Calls that share the engine wait for each other; ``release_weights`` and ``send_weights`` run beside them. Where
+    several ranks are such an actor each, all are asked for the same in the same order; rank 0 exports and writes.
 
     ``reward_path``: the first reward model, which PPO's critic starts from. ``exports_dir``: shared memory for exported
     weights; None: they go through Ray's object store. ``by_nccl``: engines get them so. ``checkpoint``: the folder from
@@ -122,7 +124,8 @@ class PolicyActor:
     def start(self) -> None:
         """Load the networks and build their engines."""
         config, policy, pool = self.config, self.config.policy, self.config.pools.policy
-        start_process(pool.threads_per_actor, config.seed)
+        start_process(config, pool)
+        join_process_group(config.deadlines.request_s)
         self._tokenizer = networks.load_tokenizer(self.sft_path, trust_remote_code=config.trust_remote_code)
         path = str(self.checkpoint or self.sft_path)
         model = networks.load_causal_lm(path, dtype=pool.dtype, trust_remote_code=config.trust_remote_code)
@@ -134,9 +137,9 @@ class PolicyActor:
             max_skipped_steps=config.guards.max_skipped_steps,
         )
         self._engine = TrainingEngine(model, settings)
-        self._exporter: WeightExporter
-        with self._engine.weights() as tensors:
-            layout = self.exports_dir, tensors, config.publish.checksum
+        self._exporter: WeightExporter | None = None
+        if ranks.rank() == 0:
+            layout = self.exports_dir, self._engine.layout(), config.publish.checksum
             self._exporter = NcclExporter(*layout, config.pools.generation) if self.by_nccl else WeightExporter(*layout)
         if policy.algorithm == "ppo":
             assert self.reward_path is not None, "PPO's critic starts from the reward model"
@@ -162,7 +165,8 @@ class PolicyActor:
         for epoch in range(policy.num_epochs):
             seed = (self.config.seed, self._version, epoch)
             for rows in learning.minibatches(len(experience.table), policy.num_minibatches, seed):
-                if micros := list(learning.micro_batches(experience, targets, rows, policy, self._engine.device)):
+                if targets.loss_mask[torch.from_numpy(rows)].any():
+                    micros = list(learning.micro_batches(experience, targets, rows, policy, self._engine.device))
                     self._learn(micros, experience, statistics, epoch)
         self._version += 1
         self._num_scheduled += 1
@@ -194,18 +198,22 @@ class PolicyActor:
         return UpdateReport(self._version, *values, num_skipped_steps=int(not math.isfinite(norm)))
 
     @_alone
-    def export_weights(self) -> PolicyWeights:
+    def export_weights(self) -> PolicyWeights | None:
         """Copy the present weights, a tied head under its own name too, to where engines and scorers find them."""
-        with self._engine.weights() as tensors:
-            return self._exporter.export(self._version, tensors)
+        if self._exporter is not None:
+            return self._exporter.export(self._version, self._engine.buckets())
+        self._engine.take_part()
+        return None
 
     def send_weights(self, weights: PolicyWeights) -> None:
         """The trainer's part of getting exported weights into engines; nothing unless they go by NCCL."""
-        self._exporter.send(weights)
+        if self._exporter is not None:
+            self._exporter.send(weights)
 
     def release_weights(self, weights: PolicyWeights) -> None:
         """Nobody reads them any more: their place is for a later export."""
-        self._exporter.release(weights)
+        if self._exporter is not None:
+            self._exporter.release(weights)
 
     @_alone
     def logprobs(self, sequences: Seq[Sequence]) -> list[FloatArray]:
@@ -248,7 +256,7 @@ class PolicyActor:
         self._captured = figures, {name: (engine, engine.capture()) for name, engine in engines.items()}
 
     def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> None:
-        """As the protocol says, beside updates."""
+        """As the protocol says, beside updates; every rank writes what it captured, and rank 0 the rest."""
         from safetensors.torch import save_file
 
         figures, engines = self._captured
@@ -257,7 +265,9 @@ class PolicyActor:
             engine.save(self._tokenizer, folder / (POLICY if name == POLICY else f"{STATE}/{name}"), state.weights)
             figures[f"{name}_steps"] = state.num_steps
             for kind, tensors in state.tensors.items():
-                save_file(tensors, folder / STATE / f"{name}-{kind}.safetensors")
+                save_file(tensors, folder / STATE / f"{name}-{kind}-{ranks.rank()}.safetensors")
+        if ranks.rank() > 0:
+            return
         if snapshot is not None:
             with WeightReader().read(snapshot) as tensors:
                 save_file(tensors, folder / STATE / SNAPSHOT)
@@ -265,22 +275,24 @@ class PolicyActor:
         (folder / STATE / TRAINER).write_text(json.dumps(figures), encoding="utf-8")
 
     @_alone
-    def saved_snapshot(self) -> PolicyWeights:
+    def saved_snapshot(self) -> PolicyWeights | None:
         """As the protocol says."""
         from safetensors.torch import load_file
 
         assert self.checkpoint is not None
+        if self._exporter is None:
+            return None
         version = _figures(self.checkpoint)["snapshot_version"]
-        return self._exporter.export(version, load_file(self.checkpoint / STATE / SNAPSHOT))
+        return self._exporter.export(version, [load_file(self.checkpoint / STATE / SNAPSHOT)])
 
     @_alone
     def save(self, name: str, weights: PolicyWeights | None = None) -> None:
         """Write the policy, as it is or as it was exported, as Hugging Face folder ``name`` in the run folder."""
         if weights is None:
             self._engine.save(self._tokenizer, self.run_dir / name)
-            return
-        with WeightReader().read(weights) as tensors:
-            self._engine.save(self._tokenizer, self.run_dir / name, tensors)
+        elif ranks.rank() == 0:
+            with WeightReader().read(weights) as tensors:
+                self._engine.save(self._tokenizer, self.run_dir / name, tensors)
 
     def close(self) -> None:
         """Free the engines."""
@@ -302,7 +314,7 @@ class PolicyActor:
     def _learn(self, micros: Seq[MicroBatch], experience: Experience, statistics: UpdateStatistics, epoch: int) -> None:
         """One optimiser step on a minibatch, of the critic too."""
         # What a sampler's log-probs are compared with must come from weights that this update has not changed.
-        is_untouched = "loss" not in statistics.sums
+        is_untouched = statistics.num_steps == 0
         policy, rollout = self.config.policy, self.config.rollout
 
         def loss_of(micro: MicroBatch) -> Tensor:
@@ -346,6 +358,8 @@ def _figures(checkpoint: Path) -> dict[str, Any]:
 def _engine_state(checkpoint: Path, name: str, figures: dict[str, Any]) -> EngineState:
     from safetensors.torch import load_file
 
-    files = (checkpoint / STATE).glob(f"{name}-*.safetensors")
-    tensors = {path.stem.removeprefix(f"{name}-"): load_file(path) for path in files}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for path in (checkpoint / STATE).glob(f"{name}-*.safetensors"):  # of as many ranks as there were
+        _, kind, *_ = path.stem.split("-")
+        tensors.setdefault(kind, {}).update(load_file(path))
     return EngineState(figures[f"{name}_steps"], tensors)

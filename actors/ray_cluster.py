@@ -14,11 +14,13 @@ import ray
 from actors.generation import engine_environment
 from actors.generation_group import RayGenerationPool
 from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
-from actors.placement import Tell, log_wait, plan_bundles, plan_groups, shares
-from actors.ray_pool import RayPool
-from actors.remote_actor import ActorSpec
+from actors.placement import Tell, log_wait, plan_groups, shares
+from actors.ray_metrics import RunMetrics
+from actors.ray_pool import RayPool, together
+from actors.remote_actor import ActorSpec, ranks_of
 from ocrm_ray.checkpoints import Checkpoint, reward_folder
 from ocrm_ray.config import RunConfig
+from ocrm_ray.metrics import Observer
 from ocrm_ray.networks import context_length
 from ocrm_ray.pools import Pools, Show
 from ocrm_ray.progress import ProgressState
@@ -29,6 +31,8 @@ from ocrm_ray.stages import stage_paths
 
 NUM_LOGPROB_PARTS = 40
 """Messages in which the pairs' log-probs are asked for, so that progress shows."""
+DETERMINISTIC = {"MKL_CBWR": "AUTO,STRICT"}
+"""Else the rounding of a product depends on where in memory its factors lie, and so on the file they came from."""
 PoolType = TypeVar("PoolType", bound=RayPool)
 
 
@@ -46,7 +50,7 @@ def _num_nodes() -> int:
 
 
 class RayTrainer(RayPool):
-    """One actor that trains one model before RL."""
+    """The ranks that train one model before RL."""
 
     name = "trainer"
 
@@ -57,20 +61,28 @@ class RayCluster:
     Engines, scorers and the evaluator that a stage started are the ones that RL goes on with.
     """
 
-    def __init__(self, config: RunConfig, shared_memory: Path, saved: Checkpoint | None, tell: Tell = log_wait) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        shared_memory: Path,
+        observe: Observer,
+        saved: Checkpoint | None,
+        tell: Tell = log_wait,
+    ) -> None:
         """``saved``: from which the pools of a resumed run go on. ``tell``: of a wait for a place."""
+        self.observe = observe
         self.config = config
         self.saved = saved
         self.paths = stage_paths(config)
-        self.bundles = plan_bundles(config.pools)
         self._shares = shares(plan_groups(config.pools), tell)
         self._shared_memory = shared_memory
         self._started: dict[str, asyncio.Task[RayPool]] = {}
 
     async def train_sft(self, show: Show) -> dict[str, object]:
         arguments = self.paths.policy_base, self.paths.root / "data" / "prompts.jsonl", Path(self.paths.sft)
-        spec = self._spec("sft", "actors.sft:SftActor", "policy", *arguments)
-        return {"loss": await self._train(spec, "train", "policy", show)}
+        num_ranks = self.config.pools.policy.num_actors
+        specs = self._ranks("sft", num_ranks, "actors.sft:SftActor", "policy", *arguments)
+        return {"loss": await self._train(specs, "train", "policy", show)}
 
     async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
         return await (await self._generation()).generate(request)
@@ -79,8 +91,8 @@ class RayCluster:
         return await (await self._once(RayEvaluator)).gold(prompts, responses, references)
 
     async def train_reward(self, show: Show) -> dict[str, object]:
-        spec = replace(self._refitter(None), role="reward")
-        report: RefitReport = await self._train(spec, "fit_first", "reward", show)
+        specs = self._refitters("reward", None)
+        report: RefitReport = await self._train(specs, "fit_first", "reward", show)
         return {"loss": report.loss, "heldout_accuracy": report.heldout_accuracy, "seconds": report.seconds}
 
     async def behaviour_logprobs(self, num_pairs: int, show: Show) -> FloatArray:
@@ -91,16 +103,19 @@ class RayCluster:
             show(ProgressState(stage="logprobs", done=num_done, total=num_pairs, unit="pairs"))
         return np.concatenate(parts)
 
-    async def _train(self, spec: ActorSpec, method: str, pool: str, show: Show) -> Any:
-        """Start an actor, let it train, and end it; its progress, told on a second thread, is shown meanwhile."""
-        deadlines = self.config.deadlines
-        trainer = await RayTrainer.start_in(self._shares[pool], [replace(spec, concurrency=2)], deadlines)
+    async def _train(self, specs: list[ActorSpec], method: str, pool: str, show: Show) -> Any:
+        """Start the ranks, let them train, and end them; progress, told on a second thread, is shown meanwhile."""
+        deadlines, stage = self.config.deadlines, specs[0].role.partition("-")[0]
+        specs = [replace(spec, concurrency=2) for spec in specs]
+        trainer = await RayTrainer.start_in(self._shares[pool], specs, deadlines)
 
         def tell(progress: tuple[int, int]) -> None:
-            show(ProgressState(stage=spec.role, done=progress[0], total=progress[1], unit="steps"))
+            show(ProgressState(stage=stage, done=progress[0], total=progress[1], unit="steps"))
 
+        first, *others = trainer.actors
+        calls = [first.watch(method, tell, deadlines.request_s)]
         try:
-            return await trainer.actors[0].watch(method, tell, deadlines.request_s)
+            return (await together([*calls, *(other.call(method, deadline_s=None) for other in others)]))[0]
         finally:
             await trainer.close()
 
@@ -158,7 +173,7 @@ class RayCluster:
                 through_store, by_nccl = choose_transport(self.config, _num_nodes())
                 exports_dir = None if through_store else self._shared_memory
                 arguments = paths.sft, reward_path, run_dir, exports_dir, by_nccl, saved.folder if saved else None
-                specs = self._alike("actors.policy:PolicyActor", pool, *arguments)
+                specs = ranks_of(self._alike("actors.policy:PolicyActor", pool, *arguments))
                 return [replace(spec, concurrency=3) for spec in specs]  # a checkpoint is written beside the others
             case "scoring":
                 anchor_path = saved.anchor_path if saved else None
@@ -166,17 +181,23 @@ class RayCluster:
                 return [*scorers, replace(background, role="ratios", yields=self._shares_cores(pool))]
             case "reward":
                 live = reward_folder(run_dir, saved.state.reward_version if saved else 0, paths.reward)
-                servers = self._alike("actors.reward:RewardServer", pool, live)[:-1]
-                return [*servers, self._refitter(paths.reward)]
+                refitters = self._refitters("refit", paths.reward)
+                return [*self._alike("actors.reward:RewardServer", pool, live)[: -len(refitters)], *refitters]
             case _:
                 prompts = read_prompts(paths.root / "data" / "heldout.jsonl")[: self.config.evaluation.num_prompts]
                 specs = self._alike("actors.evaluation:EvaluationActor", pool, paths.sft, tuple(prompts))
                 return [replace(spec, concurrency=1, secrets=self.config.secrets) for spec in specs]
 
-    def _refitter(self, reward_path: str | None) -> ActorSpec:
-        arguments = self.paths.sft, reward_path, self.config.run_dir
-        spec = self._spec("refit", "actors.reward:RewardRefitter", "reward", *arguments)
-        return replace(spec, yields=self._shares_cores("reward"))
+    def _refitters(self, role: str, reward_path: str | None) -> list[ActorSpec]:
+        num_ranks, arguments = self.config.pools.reward.num_refit_ranks, (self.paths.sft, reward_path)
+        path = "actors.reward:RewardRefitter"
+        specs = self._ranks(role, num_ranks, path, "reward", *arguments, self.config.run_dir)
+        return [replace(spec, yields=self._shares_cores("reward")) for spec in specs]
+
+    def _ranks(self, role: str, num_ranks: int, path: str, pool: str, *arguments: Any) -> list[ActorSpec]:
+        """Ranks of one process group; one alone is named by its role."""
+        roles = [f"{role}-{rank}" for rank in range(num_ranks)] if num_ranks > 1 else [role]
+        return ranks_of([self._spec(each, path, pool, *arguments) for each in roles])
 
     def _engines(self) -> list[ActorSpec]:
         pool, trust = self.config.pools.generation, self.config.trust_remote_code
@@ -189,16 +210,18 @@ class RayCluster:
             self._spec(f"generation-{number}", path, "generation", number, self.paths.sft, length, by_nccl)
             for number in range(pool.num_actors)
         )
-        return [replace(spec, asynchronous=True, environment=environment) for spec in specs]
+        return [replace(spec, asynchronous=True, environment={**spec.environment, **environment}) for spec in specs]
 
     def _alike(self, path: str, pool: str, *arguments: Any) -> list[ActorSpec]:
         """Each with a second thread, for what must not wait for a call that is long."""
-        specs = (self._spec(f"{pool}-{number}", path, pool, *arguments) for number in range(len(self.bundles[pool])))
+        num_actors = self.config.pools.num_placed(pool)
+        specs = (self._spec(f"{pool}-{number}", path, pool, *arguments) for number in range(num_actors))
         return [replace(spec, concurrency=2) for spec in specs]
 
     def _spec(self, role: str, path: str, pool: str, *arguments: Any) -> ActorSpec:
         threads = getattr(self.config.pools, pool).threads_per_actor
-        return ActorSpec(role, path, (self.config, *arguments), threads)
+        environment = DETERMINISTIC if self.config.deterministic else {}
+        return ActorSpec(role, path, (self.config, *arguments), threads, environment=environment)
 
     def _shares_cores(self, pool: str) -> bool:
         """Whether a correction's work would take cores from rollouts and training."""
@@ -222,7 +245,8 @@ class RunActor:
 
     async def run(self) -> dict[str, object] | None:
         """The whole run; returns its summary, None if it was to ``finish``. Whatever happens, the pools are ended."""
-        start = functools.partial(RayCluster, self._config, self._shared_memory, tell=self._tell_wait)
+        metrics = RunMetrics(str(self._config.run_dir))
+        start = functools.partial(RayCluster, self._config, self._shared_memory, metrics.observe, tell=self._tell_wait)
         self._running = asyncio.create_task(run_with_restarts(self._config, start, self._show, self._stopping))
         try:
             return await self._running

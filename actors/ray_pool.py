@@ -4,9 +4,9 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from collections.abc import Sequence as Seq
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from actors.placement import Bundle, Share, alone
 from actors.remote_actor import ActorSpec, Place, RemoteActor
@@ -15,7 +15,11 @@ from ocrm_ray.errors import ActorDiedError
 
 logger = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
 _FAREWELL_S = 20.0
+_DEATH_S = 30.0
+"""In which Ray finds an actor dead whose peers have noticed already."""
 
 
 class RayPool:
@@ -55,7 +59,8 @@ class RayPool:
         try:
             actors.extend(RemoteActor(spec, Place(group, share.first + number)) for number, spec in enumerate(specs))
             left_s = max(0.0, started + deadlines.start_s - time.monotonic())
-            await asyncio.gather(*(_wait_until_ready(actor, left_s) for actor in actors))
+            groups = (actors[start : start + a.num_ranks] for start, a in enumerate(actors) if a.rank == 0)
+            await asyncio.gather(*(_start_together(group, left_s) for group in groups))
         except BaseException:
             _end(actors, share)
             raise
@@ -64,23 +69,26 @@ class RayPool:
     async def ask(self, actor: RemoteActor, method: str, *arguments: Any, deadline_s: float) -> Any:
         """As ``RemoteActor.call``; where the actor dies, the one in its place is asked again."""
         while True:
-            num_replaced = actor.num_replaced
+            async with self._replacing[actor.role]:  # a new process is asked only once it has caught up
+                num_replaced = actor.num_replaced
             try:
                 return await actor.call(method, *arguments, deadline_s=deadline_s)
             except ActorDiedError as error:
                 await self.replace(actor, num_replaced, error)
 
     async def ask_all(self, actors: Seq[RemoteActor], method: str, *arguments: Any, deadline_s: float) -> list[Any]:
-        """The answers of all ``actors``, in their order; the first failure is raised."""
-        asked = (self.ask(actor, method, *arguments, deadline_s=deadline_s) for actor in actors)
-        return list(await asyncio.gather(*asked))
+        """The answers of all ``actors``, in their order; of several failures a death is raised."""
+        return await together(self.ask(actor, method, *arguments, deadline_s=deadline_s) for actor in actors)
 
     async def replace(self, actor: RemoteActor, num_replaced: int, death: ActorDiedError) -> None:
         """Another process for an actor that died, once whoever finds it dead: ``num_replaced`` is what its finder saw.
 
-        Raises ``death`` where it was replaced as often as is allowed, or where it cannot be.
+        So for all ranks of its process group, which ends with any of them. Raises ``death`` where it was replaced as
+        often as is allowed, or where it cannot be.
         """
-        async with self._replacing[actor.role]:
+        first = self.actors.index(actor) - actor.rank
+        ranks = self.actors[first : first + actor.num_ranks]
+        async with self._replacing[ranks[0].role]:
             if actor.num_replaced > num_replaced:
                 return
             if num_replaced >= self.max_replacements:
@@ -88,8 +96,10 @@ class RayPool:
             started = time.monotonic()
             self.emit("actor_died", actor=actor.role, error=str(death))
             try:
-                await actor.replace(self.deadlines.start_s)
-                await self.catch_up(actor)
+                for each in ranks:
+                    each.replace()
+                await _start_together(ranks, self.deadlines.start_s)
+                await asyncio.gather(*map(self.catch_up, ranks))
             except Exception as error:
                 raise death from error
             self.emit("actor_restarted", actor=actor.role, seconds=time.monotonic() - started)
@@ -113,9 +123,34 @@ def _log_event(event: str, **fields: object) -> None:
     logger.warning("%s %s", event, fields)
 
 
-async def _wait_until_ready(actor: RemoteActor, deadline_s: float) -> None:
+async def together(calls: Iterable[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """What all of them answer, in their order; of several failures a death is raised, else the first.
+
+    Who trains with an actor that died fails too, at its connection to it, and often before Ray knows of the death.
+    """
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except ActorDiedError:
+        raise
+    except Exception as error:
+        done, _ = await asyncio.wait(tasks, timeout=_DEATH_S)
+        failures = [task.exception() for task in done if not task.cancelled()]
+        deaths = [failure for failure in failures if isinstance(failure, ActorDiedError)]
+        if deaths:
+            raise deaths[0] from error
+        raise
+
+
+async def _start_together(ranks: Seq[RemoteActor], deadline_s: float) -> None:
+    """One actor, or the ranks of a process group, which meet at the first one's node."""
+    meeting = await ranks[0].meeting_point(deadline_s) if len(ranks) > 1 else None
+    await together(_wait_until_ready(actor, deadline_s, meeting) for actor in ranks)
+
+
+async def _wait_until_ready(actor: RemoteActor, deadline_s: float, meeting: tuple[str, int] | None) -> None:
     started = time.monotonic()
-    await actor.start(deadline_s)
+    await actor.start(deadline_s, meeting)
     logger.info("actor %s is ready after %.1f s", actor.role, time.monotonic() - started)
 
 

@@ -8,8 +8,10 @@ import asyncio
 import os
 import pkgutil
 import re
+import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -33,7 +35,8 @@ class ActorSpec:
     ``threads``: arithmetic threads of the process. ``asynchronous``: its methods are coroutines. ``concurrency``:
     calls that a synchronous one answers side by side. ``environment``: further variables, set before it starts.
     ``yields``: its process works only when no other wants the core (Linux). ``secrets``: names of variables that it
-    gets from this process and that no log may show, beside the Hub's token.
+    gets from this process and that no log may show, beside the Hub's token. ``rank`` of ``num_ranks``: among those,
+    neighbours in their pool, that form one process group.
     """
 
     role: str
@@ -45,6 +48,20 @@ class ActorSpec:
     yields: bool = False
     secrets: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    rank: int = 0
+    num_ranks: int = 1
+
+
+def ranks_of(specs: Seq[ActorSpec]) -> list[ActorSpec]:
+    """The same actors as ranks of one process group."""
+    return [replace(spec, rank=rank, num_ranks=len(specs)) for rank, spec in enumerate(specs)]
+
+
+def meeting_point() -> tuple[str, int]:
+    """This node's address and a free port of it, where ranks may meet."""
+    address = ray.util.get_node_ip_address()
+    with socket.create_server((address, 0)) as free:
+        return address, free.getsockname()[1]
 
 
 def actor_environment(spec: ActorSpec, environ: Mapping[str, str]) -> dict[str, str]:
@@ -67,11 +84,19 @@ class ActorHost:
     def __repr__(self) -> str:
         return self._spec.role
 
-    def start(self) -> None:
-        """Import and build the class ``module:name``, then call its ``start``.
+    def meeting_point(self) -> tuple[str, int]:
+        """For the ranks of which this is the first."""
+        return meeting_point()
+
+    def start(self, meeting: tuple[str, int] | None = None) -> None:
+        """Import and build the class ``module:name``, then call its ``start``; ``meeting``: where its ranks meet.
 
         Not done by the constructor: Ray reports what a constructor raises as the death of the actor.
         """
+        if meeting is not None:
+            values = self._spec.rank, self._spec.num_ranks, 0, *meeting
+            names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+            os.environ.update(zip(names, map(str, values), strict=True))
         self._build().start()
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
@@ -98,7 +123,7 @@ def yield_to_others() -> None:
 class AsyncActorHost(ActorHost):
     """Runs one actor whose methods are coroutines; its calls are answered side by side on one event loop."""
 
-    async def start(self) -> None:  # type: ignore[override]
+    async def start(self, meeting: None = None) -> None:  # type: ignore[override]
         await self._build().start()
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
@@ -119,15 +144,21 @@ class RemoteActor:
     def __init__(self, spec: ActorSpec, place: Place) -> None:
         """Start its process; ``start`` waits for it."""
         self.role = spec.role
+        self.rank, self.num_ranks = spec.rank, spec.num_ranks
         self.num_replaced = 0
         """Processes before this one."""
         self._spec = spec
         self._place = place
         self._handle = _spawn(spec, place)
 
-    async def start(self, deadline_s: float) -> None:
+    async def meeting_point(self, deadline_s: float) -> tuple[str, int]:
+        """As the host says."""
+        found: tuple[str, int] = await self._answer(self._handle.meeting_point.remote(), "meeting_point", deadline_s)
+        return found
+
+    async def start(self, deadline_s: float, meeting: tuple[str, int] | None = None) -> None:
         """Build the actor in its process and wait until it is ready."""
-        await self._answer(self._handle.start.remote(), "start", deadline_s)
+        await self._answer(self._handle.start.remote(meeting), "start", deadline_s)
 
     async def call(self, method: str, *arguments: Any, deadline_s: float | None) -> Any:
         """Answer of ``method(*arguments)``; ``deadline_s`` None only where the caller keeps the deadline itself.
@@ -147,12 +178,11 @@ class RemoteActor:
         finally:
             running.cancel()
 
-    async def replace(self, deadline_s: float) -> None:
-        """Another process in the same place, as it was after ``start``; the old one, if it is alive, is ended."""
+    def replace(self) -> None:
+        """Another process in the same place, still to be started; the old one, if it is alive, is ended."""
         self.kill()
         self.num_replaced += 1
         self._handle = _spawn(self._spec, self._place)
-        await self.start(deadline_s)
 
     def kill(self) -> None:
         """End the process at once."""

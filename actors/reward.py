@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from actors.reward_fit import FitData, RewardFit
-from actors.training_engine import start_process, training_device
+from actors.training_engine import join_process_group, start_process, training_device
 from ocrm_ray.algorithm.reward_ensemble import aggregate
 from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable
@@ -43,7 +43,7 @@ class RewardServer:
     def start(self) -> None:
         """Load the first reward model and calibrate it."""
         config = self.config
-        start_process(config.pools.reward.threads_per_actor, config.seed)
+        start_process(config, config.pools.reward)
         self._pad_id = load_tokenizer(
             reward_members(self.reward_path)[0], trust_remote_code=config.trust_remote_code
         ).pad_token_id
@@ -97,6 +97,8 @@ class RewardServer:
 class RewardRefitter:
     """Trains reward models, one after another in one process: the first one, then a candidate for each correction.
 
+    Where several ranks are such an actor each, all are asked for the same fits in the same order.
+
     ``reward_path``: the first reward model; None where it is still to be trained.
     """
 
@@ -116,7 +118,8 @@ class RewardRefitter:
 
     def start(self) -> None:
         """Read the pairs."""
-        start_process(self.config.pools.reward.threads_per_actor, self.config.seed)
+        start_process(self.config, self.config.pools.reward)
+        join_process_group(self.config.deadlines.request_s)
         self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=self.config.trust_remote_code)
         folder = self.config.stage_root / "pairs"
         train, heldout = (interleaved(read_pairs(folder / name)) for name in ("train.jsonl", "heldout.jsonl"))

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.training_engine import EngineSettings, TrainingEngine
+from actors.engine_settings import EngineSettings
+from actors.training_engine import TrainingEngine
+from ocrm_ray import ranks
 from ocrm_ray.algorithm.multiview import MultiView, grown_coefficient
 from ocrm_ray.algorithm.reward_spread import ascent_step
 from ocrm_ray.batches import SequenceTable, length_chunks
@@ -113,12 +115,13 @@ class RewardFit:
             self._engine.step(factor)
             return loss
         rows = self._groups.draw_views(self.views.num_prompts, self._rng)
-        parts.append(partial(self._view_loss, self.views, rows))
+        if ranks.rank() == 0:  # whose networks for it are the only ones that learn
+            parts.append(partial(self._view_loss, self.views, rows))
         total = self._engine.accumulate(parts, _call)
         self._engine.step(factor)
         self._view_optimizer.step()
         self._view_optimizer.zero_grad()
-        return total - self._sums["view_loss"][-1] * self.views.coefficient
+        return total - self._sums.get("view_loss", [0.0])[-1] * self.views.coefficient
 
     def _pair_parts(self, batch: IntArray) -> list[Part]:
         pairs = self.data.indices[batch]
@@ -153,7 +156,7 @@ class RewardFit:
 
         spreads: list[float] = []
         gradients = self._engine.gradients(chunks, spread)
-        self._tell("reward_spread", sum(spreads))
+        self._tell("reward_spread", ranks.add_up(torch.tensor(sum(spreads), dtype=torch.float64)).item())
         moments = self._engine.second_moments() if meta.step == "preconditioned" else None
         return ascent_step(gradients, meta.step, meta.eta, moments)
 
@@ -164,17 +167,22 @@ class RewardFit:
         hidden_size = self._engine.network.config.get_text_config().hidden_size
         self._multiview = MultiView(hidden_size, views.latent_size).to(self._engine.device)
         torch.set_rng_state(generator_state)
+        for parameter in self._multiview.parameters():  # the engine takes losses times the ranks
+            parameter.register_hook(lambda gradient: gradient / ranks.num_ranks())  # type: ignore[no-untyped-call]
         self._view_optimizer = torch.optim.Adam(self._multiview.parameters(), views.learning_rate)
 
     def _view_loss(self, views: RepresentationLoss, rows: IntArray) -> Tensor:
         micro = self._groups.table.batch(rows).to(self._engine.device)
-        first, second = last_token_states(self._engine.forward, micro).float().chunk(2)
+        states = last_token_states(self._engine.forward, micro)
+        # ZeRO 2 wants gradients of the same parameters, the head's too, from every rank's pass
+        of_head: Tensor = 0.0 * self._engine.network.score(states).sum()
+        first, second = states.float().chunk(2)
         shape = (2, len(first), views.latent_size)
         noise = torch.from_numpy(self._rng.standard_normal(shape, dtype=np.float32)).to(self._engine.device)
         done, in_all = self.progress
         loss: Tensor = self._multiview(first, second, noise, grown_coefficient(done / in_all))
         self._tell("view_loss", loss.item())
-        return views.coefficient * loss
+        return views.coefficient * loss + of_head
 
     def _tell(self, name: str, value: float) -> None:
         self._sums.setdefault(name, []).append(value)

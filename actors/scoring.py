@@ -44,7 +44,7 @@ class ScoringActor:
     def start(self) -> None:
         """Load the SFT model, which is the first anchor."""
         pool = self.config.pools.scoring
-        start_process(pool.threads_per_actor, self.config.seed)
+        start_process(self.config, pool)
         self._tokenizer = load_tokenizer(self.sft_path, trust_remote_code=self.config.trust_remote_code)
         self._sft = self._load(self.sft_path)
         self._anchors = {LIVE: self._load(self.anchor_path) if self.anchor_path else self._sft}

@@ -18,11 +18,14 @@ import ocrm_ray
 from actors.shared_memory import shared_folder
 from ocrm_ray.errors import UserError, mistake
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"
 LOCAL_FOLDER = Path(f"/tmp/ray-{os.getuid()}")
 """Of a local cluster's sockets and logs: short, since socket paths have at most 107 characters, and the user's own."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local cluster: sequences and log-probs pass through it, weights do not."""
+_TOO_SLOW = "timed out during startup"
 CONNECT_S = 10.0
 """For the cluster at RAY_ADDRESS to accept a connection."""
 
@@ -44,7 +47,7 @@ def ray_session(run: str) -> Iterator[Path]:
     options = _options(os.environ.get("RAY_ADDRESS"))
     with shared_folder(run) as folder:
         try:
-            _initialise(namespace=f"ocrm-{run}", log_to_driver=False, **options)
+            _initialise(namespace=f"ocrm-{run}", log_to_driver=_is_job(), **options)
             # Ray's own handler, set by init, exits from inside the event loop and then aborts now and again
             signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
             if on_sigint is signal.SIG_IGN:  # as in a shell's job in the background: SIGTERM must still end it
@@ -57,13 +60,21 @@ def ray_session(run: str) -> Iterator[Path]:
 
 
 def _initialise(**options: Any) -> None:
-    """Ray's own log lines below errors are not shown."""
-    try:
-        ray.init(logging_level=logging.ERROR, **options)
-    except ConnectionError as error:
-        do = "set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
-        address = os.environ["RAY_ADDRESS"]
-        raise _address_error(address, "a refusal", "a cluster that lets this program in", do) from error
+    """Ray's own log lines below errors are not shown. Ray gives its processes 30 s to start: on a busy machine more are
+    needed, which is asked for by starting again."""
+    for is_last in (False, False, True):
+        try:
+            ray.init(logging_level=logging.ERROR, **options)
+            return
+        except ConnectionError as error:
+            do = "set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
+            address = os.environ["RAY_ADDRESS"]
+            raise _address_error(address, "a refusal", "a cluster that lets this program in", do) from error
+        except Exception as error:
+            if is_last or _TOO_SLOW not in str(error):
+                raise
+            logger.warning("Ray was not ready within 30 s: starting it again")
+            ray.shutdown()
 
 
 @contextmanager
@@ -98,6 +109,11 @@ def _address_error(address: str, got: str, need: str, do: str) -> UserError:
     return mistake("RAY_ADDRESS", f"{address!r} ({got})", need, do)
 
 
+def _is_job() -> bool:
+    """Whether this is a submitted job: Ray has unpacked the working directory everywhere, and people read its log."""
+    return RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
+
+
 def _options(address: str | None) -> dict[str, Any]:
     """Of ``ray.init``: for the cluster at ``address``, or for a local one."""
     folders = [str(next(iter(package.__path__))) for package in (ocrm_ray, actors)]
@@ -107,8 +123,8 @@ def _options(address: str | None) -> dict[str, Any]:
         # else Ray takes 127.0.0.1 for another address of the machine, and the ports of a local cluster listen on every
         # interface; on Linux there is no public switch
         ray_constants.ENABLE_RAY_CLUSTER = False
-    if address:  # in a submitted job Ray has unpacked the working directory on every node
-        return {} if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ else {"runtime_env": {"py_modules": folders}}
+    if address:
+        return {} if _is_job() else {"runtime_env": {"py_modules": folders}}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     search_path = dict.fromkeys([*map(os.path.dirname, folders), os.environ.get("PYTHONPATH")])
     return {

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from actors.training_engine import EngineSettings, TrainingEngine, start_process
+from actors.engine_settings import EngineSettings
+from actors.training_engine import TrainingEngine, join_process_group, start_process
 from ocrm_ray.batches import SequenceTable
 from ocrm_ray.config import RunConfig
 from ocrm_ray.conversations import encode_response
@@ -17,7 +18,7 @@ from ocrm_ray.reward_learning import epoch_batches
 
 @dataclass(eq=False)
 class SftActor:
-    """Trains one model; ``progress`` may be asked from another thread meanwhile.
+    """Trains one model, as one rank of those that do; ``progress`` may be asked from another thread meanwhile.
 
     ``prompts_path``: the training prompts with their references; ``folder``: where the model is written.
     """
@@ -31,7 +32,8 @@ class SftActor:
     def start(self) -> None:
         """Load the base model and build its engine."""
         pool, trust = self.config.pools.policy, self.config.trust_remote_code
-        start_process(pool.threads_per_actor, self.config.seed)
+        start_process(self.config, pool)
+        join_process_group(self.config.deadlines.request_s)
         self._tokenizer = load_tokenizer(self.base_path, trust_remote_code=trust)
         settings = EngineSettings.of(self.config.policy, learning_rate=self.config.sft.learning_rate, dtype=pool.dtype)
         model = load_causal_lm(self.base_path, dtype=pool.dtype, trust_remote_code=trust)

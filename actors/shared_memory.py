@@ -1,4 +1,4 @@
-"""The run's folder in shared memory, for weights on their way; folders of dead runs are swept away."""
+"""Folders that do not outlive who made them, such as the run's in shared memory; those of the dead are swept away."""
 
 import fcntl
 import logging

@@ -1,18 +1,18 @@
 """One trained network in a DeepSpeed engine: exact gradient accumulation, fresh optimisers, full weights out.
 
 Several engines may live in one process (policy and critic, or one refit after another); they share its process group.
+Where that has several ranks, all of them make every call here, in one order; losses are parts of the ranks' sum.
 """
 
 import contextlib
 import gc
-import io
-import logging
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,59 +20,36 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from ocrm_ray.config import Dtype, Policy
+from actors.engine_settings import EngineSettings, initialise
+from ocrm_ray import ranks
+from ocrm_ray.config import Pool, RunConfig
 from ocrm_ray.errors import RunError
-from ocrm_ray.networks import CausalModel, ScalarModel, checkpoint_layers, save_model
+from ocrm_ray.networks import CausalModel, ScalarModel, checkpoint_layers, idle_loss, save_model
 
-ADAM_BETA1 = 0.9
-NEVER = 10**12
-MAX_BUCKET_SIZE = 500_000_000
-"""Of ZeRO's collectives, in elements: DeepSpeed's default."""
+GATHERED_BYTES = 2**28
+"""Of the weights that ZeRO 3 spreads over ranks, what is put together at once; a larger tensor alone."""
 MASTERS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
 class EngineState:
-    """Of an engine: optimiser steps, and float32 masters and moments on the CPU by kind and parameter."""
+    """Of an engine: optimiser steps, and float32 masters and moments on the CPU by kind and parameter.
+
+    As captured, a rank has every n-th parameter's; to be restored it needs those of all.
+    """
 
     num_steps: int
     tensors: dict[str, dict[str, Tensor]]
     weights: dict[str, Tensor] | None = None
-    """Of the network, as its model folder holds them; None: they are loaded already."""
+    """Of the network, as its model folder holds them, on rank 0; None: they are loaded already."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """Of AdamW and DeepSpeed; ``learning_rate`` is the peak that each step's factor scales."""
-
-    learning_rate: float
-    max_grad_norm: float
-    zero_stage: int
-    dtype: Dtype
-    weight_decay: float = 0.0
-    beta2: float = 0.999
-    checkpointing: bool = False
-    max_skipped_steps: int = 0
-    """In a row, before RunError."""
-
-    @classmethod
-    def of(cls, policy: Policy, **chosen: Any) -> "EngineSettings":
-        """As the policy's, where nothing else is ``chosen``."""
-        grad_norm, checkpointing = policy.max_grad_norm, policy.gradient_checkpointing
-        shared = {"max_grad_norm": grad_norm, "zero_stage": policy.zero_stage, "checkpointing": checkpointing}
-        return cls(**(shared | chosen))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether DeepSpeed leaves gradients in the module, and so clipping (whose norm it would keep) to us."""
-        return self.zero_stage == 0 and self.dtype == "float32"
-
-
-def start_process(num_threads: int, seed: int) -> None:
+def start_process(config: RunConfig, pool: Pool) -> None:
     """Once at an actor's start: arithmetic threads, the seed of whatever draws from torch's global generator."""
-    torch.set_num_threads(num_threads)
-    torch.manual_seed(seed)
+    torch.set_num_threads(pool.threads_per_actor)
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic)
 
 
 def training_device() -> torch.device:
@@ -80,8 +57,11 @@ def training_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def join_process_group() -> None:
-    """Join the group that RANK, WORLD_SIZE and MASTER_* describe; alone without them, and then without a port."""
+def join_process_group(timeout_s: float | None = None) -> None:
+    """Join the group that RANK, WORLD_SIZE and MASTER_* describe; alone without them, and then without a port.
+
+    ``timeout_s``: of its collectives; None: torch's own.
+    """
     if torch.distributed.is_initialized():
         return
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
@@ -95,7 +75,8 @@ def join_process_group() -> None:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
-        torch.distributed.init_process_group(backend, init_method="env://")
+        timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+        torch.distributed.init_process_group(backend, init_method="env://", timeout=timeout)
 
 
 class TrainingEngine:
@@ -106,9 +87,10 @@ class TrainingEngine:
         join_process_group()
         if settings.checkpointing:
             checkpoint_layers(module)
+        module.network.in_step = settings.zero_stage == 3 and ranks.num_ranks() > 1
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
         self._settings = settings
-        self._engine = _initialise(module, settings)
+        self._engine = initialise(module, settings)
         self.device: torch.device = self._engine.device
         self._module = module
         # DeepSpeed casts buffers with the weights: rotary frequencies in bfloat16 misplace tokens by whole positions.
@@ -134,25 +116,31 @@ class TrainingEngine:
         return self._module.network
 
     def accumulate(self, parts: Seq[Part], loss_of: Callable[[Part], Tensor], coefficient: float = 1.0) -> float:
-        """Add the gradients of an optimiser batch's parts, times ``coefficient``; returns the sum of their losses."""
+        """Add the gradients of an optimiser batch's parts, times ``coefficient``; returns the sum of their losses.
+
+        ``parts`` are this rank's; the sum is that of all ranks.
+        """
         total = torch.zeros((), device=self.device)
-        for number, part in enumerate(parts, start=1):
-            loss = loss_of(part)
-            self._engine.set_gradient_accumulation_boundary(number == len(parts))
-            self._engine.backward(coefficient * loss)
-            if number < len(parts):
+        num_passes = ranks.largest(len(parts))
+        for number in range(num_passes):
+            loss = loss_of(parts[number]) if number < len(parts) else idle_loss(self._module, self._engine)
+            is_last = number == num_passes - 1
+            self._engine.set_gradient_accumulation_boundary(is_last)
+            self._engine.backward(ranks.num_ranks() * coefficient * loss)  # DeepSpeed takes the ranks' mean
+            if not is_last:
                 self._engine.step()
             total += loss.detach().to(self.device)
-        return total.item()
+        return ranks.add_up(total).item()
 
     def gradients(self, parts: Seq[Part], loss_of: Callable[[Part], Tensor]) -> list[Tensor]:
-        """Of the parts' summed losses, from ``module``, by every parameter, in float32; nothing else changes."""
+        """Of the losses of all ranks' parts together, from ``module``, by every parameter, in float32; nothing else
+        changes."""
         parameters = list(self._module.parameters())
         totals = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         for part in parts:
             for total, found in zip(totals, torch.autograd.grad(loss_of(part), parameters), strict=True):
                 total += found
-        return totals
+        return [ranks.add_up(total) for total in totals]
 
     @contextlib.contextmanager
     def moved(self, moves: Seq[Tensor]) -> Iterator[None]:
@@ -171,35 +159,26 @@ class TrainingEngine:
         """AdamW's, by parameter and without their bias towards 0; None before a fresh optimiser's first step."""
         if self._num_steps == 0:
             return None
-        found = (self._moment(parameter, "exp_avg_sq") for parameter in self._module.parameters())
+        found = (self._whole(parameter, "exp_avg_sq") for parameter in self._module.parameters())
         return [moment / (1 - self._settings.beta2**self._num_steps) for moment in found]
 
     def capture(self) -> EngineState:
         """A copy of everything that ``restore`` needs, masters where weights are rounded."""
-        named = list(self._module.named_parameters())
-        tensors: dict[str, dict[str, Tensor]] = {}
-        if not self._settings.is_plain:
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            tensors[MASTERS] = {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in named}
-        if self._num_steps:
-            for kind in MOMENTS:
-                tensors[kind] = {
-                    name: self._moment(parameter, kind).to("cpu", copy=self._settings.is_plain)
-                    for name, parameter in named
-                }
-        with self.weights() as full:
-            weights = {name: tensor.to("cpu", copy=True) for name, tensor in full.items()}
-        return EngineState(self._num_steps, tensors, weights)
+        kinds = [] if self._settings.is_plain else [MASTERS]
+        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in [*kinds, *(MOMENTS if self._num_steps else ())]}
+        for number, (name, parameter) in enumerate(self._module.named_parameters()):
+            for kind, kept in tensors.items():
+                whole = self._whole(parameter, kind)
+                if number % ranks.num_ranks() == ranks.rank():
+                    kept[name] = whole.to("cpu", copy=self._settings.is_plain)
+        return EngineState(self._num_steps, tensors, self.weights())
 
     def restore(self, state: EngineState) -> None:
         """Go on as the engine went on that ``state`` was captured from; its (rounded) weights are loaded already."""
         named = dict(self._module.named_parameters())
-        if MASTERS in state.tensors:
-            from deepspeed.utils import safe_set_full_fp32_param
-
-            for name, value in state.tensors[MASTERS].items():
-                safe_set_full_fp32_param(named[name], value.to(self.device))
+        if not self._settings.is_plain:
+            for name, value in state.tensors.get(MASTERS, {}).items():
+                self._set_whole(named[name], MASTERS, value.to(self.device))
         self.reset_optimizer()
         self._num_steps = state.num_steps
         if not state.num_steps:
@@ -207,24 +186,38 @@ class TrainingEngine:
         self._make_moments()
         for kind in MOMENTS:
             for name, value in state.tensors[kind].items():
-                self._set_moment(named[name], kind, value.to(self.device))
+                self._set_whole(named[name], kind, value.to(self.device))
 
-    def _moment(self, parameter: nn.Parameter, kind: str) -> Tensor:
+    def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """The parameter's master or a moment, put together from the ranks' parts."""
         if self._settings.is_plain:
             found: Tensor = self._engine.basic_optimizer.state[parameter][kind]
             return found
-        from deepspeed.utils import safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        whole: Tensor = safe_get_full_optimizer_state(parameter, kind)
+        whole: Tensor
+        if kind == MASTERS:
+            whole = safe_get_full_fp32_param(parameter)
+        else:
+            whole = safe_get_full_optimizer_state(parameter, kind)
         return whole
 
-    def _set_moment(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    def _set_whole(self, parameter: Any, kind: str, value: Tensor) -> None:
+        """Each rank takes its part."""
         if self._settings.is_plain:
             self._engine.basic_optimizer.state[parameter][kind].copy_(value)
             return
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed import utils
 
-        safe_set_full_optimizer_state(parameter, value, kind)
+        form, arguments = "full", (value,)
+        if self._settings.zero_stage == 3:  # DeepSpeed's own cut fails where a rank's part is padded
+            size = parameter.ds_tensor.numel()
+            own = value.flatten()[size * ranks.rank() : size * (ranks.rank() + 1)]
+            form, arguments = "local", (nn.functional.pad(own, (0, size - len(own))),)
+        if kind == MASTERS:
+            getattr(utils, f"safe_set_{form}_fp32_param")(parameter, *arguments)
+        else:
+            getattr(utils, f"safe_set_{form}_optimizer_state")(parameter, *arguments, kind)
 
     def _make_moments(self) -> None:
         """Moments of 0, as AdamW makes them at its first step, for what it updates: with ZeRO, flat partitions."""
@@ -272,22 +265,47 @@ class TrainingEngine:
         self._num_steps = 0
         self._num_skipped = 0
 
-    @contextlib.contextmanager
-    def weights(self) -> Iterator[dict[str, Tensor]]:
-        """The network's full weights where they lie, under its own names, tied ones under each: valid inside."""
+    def layout(self) -> dict[str, Tensor]:
+        """Names, shapes and types of the network's full weights, tied ones under each name; no data."""
+        named = self.network.state_dict(keep_vars=True)
+        shapes = {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in named.items()}
+        return {name: torch.empty(shapes[name], dtype=named[name].dtype, device="meta") for name in named}
+
+    def buckets(self) -> Iterator[dict[str, Tensor]]:
+        """The network's full weights as in ``layout``, where they lie: at ZeRO 3 some at a time, until the next are
+        asked for."""
         if self._settings.zero_stage < 3:
             yield self.network.state_dict()
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self._module.parameters())):
-            yield self.network.state_dict()
+        named = self.network.state_dict(keep_vars=True)
+        for names in _cut({name: tensor.nbytes for name, tensor in self.layout().items()}):
+            with deepspeed.zero.GatheredParameters([named[name] for name in names]):
+                yield {name: named[name].detach() for name in names}
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the full weights on rank 0's CPU, tied ones once under all names; nothing elsewhere."""
+        if ranks.rank() > 0:
+            self.take_part()
+            return {}
+        identity = {name: id(tensor) for name, tensor in self.network.state_dict(keep_vars=True).items()}
+        copies: dict[int, Tensor] = {}
+        for bucket in self.buckets():
+            for name, tensor in bucket.items():
+                if identity[name] not in copies:
+                    copies[identity[name]] = tensor.to("cpu", copy=True)
+        return {name: copies[each] for name, each in identity.items()}
+
+    def take_part(self) -> None:
+        """In what rank 0 does with ``buckets``."""
+        deque(self.buckets(), maxlen=0)
 
     def save(self, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Write the network, with its present weights or with ``state``, as a Hugging Face folder."""
-        # At ZeRO 3 the module itself is without them.
-        with self.weights() if state is None else contextlib.nullcontext(state) as full:
-            save_model(self._module, tokenizer, folder, state_dict=full)
+        """Rank 0 writes the network, with its present weights or with ``state``, as a Hugging Face folder."""
+        state = self.weights() if state is None else state
+        if ranks.rank() == 0:
+            save_model(self._module, tokenizer, folder, state_dict=state)
 
     def close(self) -> None:
         """Free what DeepSpeed holds for this engine; the process group stays."""
@@ -296,41 +314,14 @@ class TrainingEngine:
         gc.collect()
 
 
-def _initialise(module: nn.Module, settings: EngineSettings) -> Any:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if (built := Path(sys.prefix) / "torch_extensions").is_dir():  # with this environment's torch, by its set-up
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    betas, decay = (ADAM_BETA1, settings.beta2), settings.weight_decay
-    optimizer = torch.optim.AdamW(module.parameters(), settings.learning_rate, betas, weight_decay=decay, fused=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory there is
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(module, settings))
-    return engine
-
-
-def _deepspeed_config(module: nn.Module, settings: EngineSettings) -> dict[str, Any]:
-    """Batch sizes are 1 because callers say where an optimiser batch ends."""
-    # DeepSpeed allocates whole buckets, by default 2 GB each however small the model is
-    bucket_size = min(sum(parameter.numel() for parameter in module.parameters()), MAX_BUCKET_SIZE)
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0 if settings.is_plain else settings.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": settings.zero_stage,
-            "reduce_bucket_size": bucket_size,
-            "allgather_bucket_size": bucket_size,
-        },
-        "steps_per_print": NEVER,
-    }
-    if settings.dtype == "bfloat16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        # Without ZeRO DeepSpeed adds bfloat16 gradients up in bfloat16; stage 2 copies them twice more than stage 1.
-        config["zero_optimization"]["stage"] = max(1, settings.zero_stage)
-    return config
+def _cut(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names in order, so many together as have ``GATHERED_BYTES``."""
+    parts: list[list[str]] = []
+    num_bytes = 0
+    for name, size in sizes.items():
+        if not parts or num_bytes + size > GATHERED_BYTES:
+            parts.append([])
+            num_bytes = 0
+        parts[-1].append(name)
+        num_bytes += size
+    return parts

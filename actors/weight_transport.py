@@ -11,7 +11,7 @@ import os
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,11 +62,15 @@ class Segment:
         flat = {name: torch.from_numpy(array[slice(*entry["data_offsets"])]) for name, entry in entries.items()}
         self.tensors = {name: flat[name].view(_DTYPES[e["dtype"]]).view(e["shape"]) for name, e in entries.items()}
 
-    def write(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, version: int, buckets: Iterable[Mapping[str, Tensor]]) -> None:
         """One copy of every tensor; until the last is there, the segment has no version that a reader could ask for."""
         self._stamp(_BEING_WRITTEN)
-        for name, target in self.tensors.items():
-            target.copy_(tensors[name])
+        missing = set(self.tensors)
+        for bucket in buckets:
+            for name, tensor in bucket.items():
+                self.tensors[name].copy_(tensor)
+            missing -= bucket.keys()
+        assert not missing, f"not exported: {sorted(missing)}"
         self._stamp(version)
 
     def require(self, version: int) -> None:
@@ -88,7 +92,8 @@ class WeightExporter:
     """The trainer's side. ``release`` and ``send`` may run beside ``export``."""
 
     def __init__(self, folder: Path | None, tensors: Mapping[str, Tensor], checksum: bool) -> None:
-        """``tensors`` give the layout. ``folder``: in shared memory, for segments; None: by the object store."""
+        """``tensors`` give the layout, on whatever device. ``folder``: in shared memory, for segments; None: by the
+        object store."""
         self._folder = folder
         self._header = header_of(tensors)
         self._num_bytes = len(self._header) + sum(tensor.nbytes for tensor in tensors.values())
@@ -96,11 +101,11 @@ class WeightExporter:
         self._free = [self._create() for _ in range(NUM_SEGMENTS if folder else 1)]
         self._held: dict[int, tuple[Path, Segment]] = {}
 
-    def export(self, version: int, tensors: Mapping[str, Tensor]) -> PolicyWeights:
-        """Copy ``tensors`` to where readers find them until the version is released."""
+    def export(self, version: int, buckets: Iterable[Mapping[str, Tensor]]) -> PolicyWeights:
+        """Copy the tensors, bucket after bucket, to where readers find them until the version is released."""
         assert version not in self._held, f"version {version} is exported already"
         path, segment = self._held[version] = self._free.pop() if self._free else self._create()
-        segment.write(version, tensors)
+        segment.write(version, buckets)
         weights = PolicyWeights(version, path, self._num_bytes, segment.checksum() if self._checksum else None)
         if self._folder is not None:
             return weights

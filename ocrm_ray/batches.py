@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ocrm_ray import ranks
 from ocrm_ray.records import FloatArray, IntArray, Sequence
 
 ROW_TOKENS = 512
@@ -91,7 +92,7 @@ class SequenceTable:
         return len(self.lengths)
 
     def chunks(self, indices: IntArray, max_sequences: int, max_tokens: int) -> list[list[int]]:
-        """Positions in ``indices``, longest rows first, as ``length_chunks`` cuts them; a row is in one chunk."""
+        """Positions in ``indices`` of this rank's share, as ``length_chunks`` cuts them; a row is in one chunk."""
         rows, lengths = self._rows(indices)
         cut = length_chunks(lengths, max_sequences, max_tokens, np.array([len(row) for row in rows]))
         return [[position for number in chunk for position in rows[number]] for chunk in cut]
@@ -150,12 +151,13 @@ def length_chunks(
 ) -> list[list[int]]:
     """Indices of rows with ``lengths`` tokens and ``sizes`` (1) sequences, longest first, as forward passes take them.
 
-    A chunk has at most ``max_sequences`` and ``max_tokens``, padding included; one larger row goes alone.
+    A chunk has at most ``max_sequences`` and ``max_tokens``, padding included; one larger row goes alone. Where several
+    ranks train together, of n rows by length each has every n-th, and a rank may have fewer chunks than another.
     """
     sizes = np.ones_like(lengths) if sizes is None else sizes
     chunks: list[list[int]] = []
     width = count = 0
-    for index in np.argsort(-lengths, kind="stable").tolist():
+    for index in np.argsort(-lengths, kind="stable")[ranks.rank() :: ranks.num_ranks()].tolist():
         is_full = chunks and (width * (len(chunks[-1]) + 1) > max_tokens or count + sizes[index] > max_sequences)
         if not chunks or is_full:
             chunks.append([])

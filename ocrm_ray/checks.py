@@ -14,6 +14,12 @@ from ocrm_ray.errors import Problem
 from ocrm_ray.inspection import inspect as inspect
 from ocrm_ray.inspection import stage_differences
 
+OWN_DEEPSPEED_KEYS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "gradient_allreduce_op", "optimizer", "scheduler", "bf16", "fp16",
+}  # fmt: skip
+"""Of DeepSpeed's settings those that follow from the configuration's own."""
+
 Checks: TypeAlias = Iterator[tuple[bool, str, str, str]]
 """(whether it is wrong, the setting to name, what it needs, what to do)."""
 _SELECTOR = re.compile(r"!?(in\([\w.-]+(, ?[\w.-]+)*\)|[\w.-]+)")
@@ -23,7 +29,7 @@ def contradictions(config: RunConfig) -> list[Problem]:
     """Settings that cannot stand together, all of them."""
     return [
         Problem(path, _shown_setting(config, path), need, do)
-        for checks in (_sources, _pairs, _correction, _strategy, _policy, _evaluation, _world, _placement)
+        for checks in (_sources, _pairs, _correction, _strategy, _policy, _evaluation, _determinism, _world, _placement)
         for is_wrong, path, need, do in checks(config)
         if is_wrong
     ]
@@ -147,6 +153,21 @@ def _policy(config: RunConfig) -> Checks:
     num_samples = rollout.prompts_per_step * rollout.samples_per_prompt
     need, do = f"a divisor of the {num_samples} samples of a step", "change it, or rollout.prompts_per_step"
     yield is_online and num_samples % policy.num_minibatches > 0, "policy.num_minibatches", need, do
+    least = {"none": 0, "optimizer": 1, "all": 3}[policy.offload]
+    need = f"at least {least} with policy.offload {policy.offload}"
+    yield policy.zero_stage < least, "policy.zero_stage", need, "raise it, or change policy.offload"
+    pools = config.pools
+    for name, pool, num_ranks in (
+        ("policy", pools.policy, pools.policy.num_actors),
+        ("reward", pools.reward, pools.reward.num_refit_ranks),
+    ):
+        is_wrong = num_ranks > 1 and 0 < pool.gpus_per_actor < 1
+        yield is_wrong, f"pools.{name}.gpus_per_actor", "0 or 1: several ranks cannot share a GPU", "change it"
+    refused = sorted(OWN_DEEPSPEED_KEYS & set(policy.deepspeed))
+    if "stage" in policy.deepspeed.get("zero_optimization", {}):
+        refused.append("zero_optimization.stage")
+    need = f"nothing about {', '.join(refused)}: other settings say it"
+    yield bool(refused), "policy.deepspeed", need, "remove it"
     uses_kl_loss = is_online and policy.kl_placement == "loss" and policy.kl_coefficient > 0
     is_wrong = uses_kl_loss and policy.kl_estimator == "k1"
     need = "k2 or k3 with kl_placement loss: the gradient of k1 is zero on average"
@@ -164,6 +185,29 @@ def _evaluation(config: RunConfig) -> Checks:
     for key in ("num_pair_prompts", "num_samples_saved"):
         is_wrong = getattr(evaluation, key) > evaluation.num_prompts
         yield is_wrong, f"evaluation.{key}", f"at most {evaluation.num_prompts}, as evaluation.num_prompts", "lower it"
+
+
+def _determinism(config: RunConfig) -> Checks:
+    rollout, correction = config.rollout, config.correction
+    if not config.deterministic:
+        return
+    why = "with deterministic: true"
+    for name, pool in config.pools:
+        yield pool.dtype != "float32", f"pools.{name}.dtype", f"float32 {why}", "change it"
+        need = f"0 {why}: on GPUs the order of sums varies"
+        yield pool.gpus_per_actor > 0, f"pools.{name}.gpus_per_actor", need, "set it to 0"
+    need = f"1 {why}: what is decoded together changes its rounding"
+    yield config.pools.generation.max_running > 1, "pools.generation.max_running", need, "set it to 1"
+    if config.policy.is_offline:
+        return
+    need, do = f"0 {why}: else timing decides which rollouts a step takes", "set it to 0"
+    yield rollout.max_staleness > 0, "rollout.max_staleness", need, do
+    is_wrong = rollout.straggler == "reissue" and rollout.max_staleness > 0  # with 0 it is refused anyway
+    yield is_wrong, "rollout.straggler", f"wait {why}", "set it to wait"
+    is_wrong = correction.schedule == "overlapped" and correction.promote_after is None
+    need = f"a number of updates {why}: else timing decides when a refit goes live"
+    do = "set it" if correction.max_lag is None else "set it in place of correction.max_lag"
+    yield is_wrong, "correction.promote_after", need, f"{do}, or set correction.schedule: blocking"
 
 
 def _world(config: RunConfig) -> Checks:

@@ -65,20 +65,29 @@ class GenerationPool(Pool):
     """Share of a GPU's memory that an engine takes; unused on CPU."""
 
 
+class RewardPool(Pool):
+    """Servers of the live reward model, and the ranks of the refitter beside them."""
+
+    num_refit_ranks: PositiveInt = 1
+    """Ranks that train a reward model together, each an actor like the servers."""
+
+
 class Pools(Section):
     """The four pools, and the evaluation actor."""
 
     generation: GenerationPool = GenerationPool()
     policy: Pool = Pool()
+    """Its actors are ranks that train together."""
     scoring: Pool = Pool()
-    reward: Pool = Pool()
+    reward: RewardPool = RewardPool()
     evaluation: Pool = Pool()
 
     def num_placed(self, name: str) -> int:
-        """Actors of a pool, with what corrections use: scoring has one more (snapshots and pair ratios), reward a
-        refitter. Evaluation always is one."""
+        """Actors of a pool, with what corrections use: scoring has one more (snapshots and pair ratios), reward the
+        ranks of its refitter. Evaluation always is one."""
+        more = {"scoring": 1, "reward": self.reward.num_refit_ranks}
         pool: Pool = getattr(self, name)
-        return 1 if name == "evaluation" else pool.num_actors + (name in ("scoring", "reward"))
+        return 1 if name == "evaluation" else pool.num_actors + more.get(name, 0)
 
 
 class Assumed(Section):

@@ -5,7 +5,7 @@ own section, never the whole tree. Lengths are in tokens, times in seconds (``_s
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ from ocrm_ray.cluster_config import (
     PositiveInt,
     Publish,
     Rehearsal,
+    RewardPool,
     RunName,
     Section,
     Seed,
@@ -52,7 +53,7 @@ __all__ = [
     "Publish",
     "Rehearsal",
 ]
-__all__ += ["Section"]
+__all__ += ["RewardPool", "Section"]
 __all__ += ["Correction", "MetaStep", "RepresentationLoss", "Reward", "RewardTraining", "SyntheticPairs", "Weights"]
 __all__ += ["ClassifierGold", "FunctionGold", "Gold", "JudgeGold", "SimilarityGold"]
 
@@ -220,6 +221,10 @@ class Policy(Section):
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage of policy, critic and refit."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Of what ``zero_stage`` spreads, keep the optimiser's states, or ``all`` with the weights, in host memory."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """More of DeepSpeed's own settings, as in its JSON file, laid over what follows from the others here."""
 
     @property
     def is_offline(self) -> bool:
@@ -296,6 +301,9 @@ class RunConfig(Section):
     stages_dir: Path | None = None
     """Where the stages before RL leave their results; null: in the run folder. Arms of a study share one."""
     seed: Seed = 0
+    deterministic: bool = False
+    """The same seed on the same kind of processor gives the same run bit for bit, however often it is cut off and
+    resumed: work is done in fixed parts and order, which takes longer. Float32 on CPU, one sequence at a time."""
     world: PraiseWorld | None = None
     """The embedded world, in place of ``data.prompts``, models and gold."""
     share_prompts: bool = True

@@ -170,6 +170,8 @@ class Coordinator:
             with self.step_clock.timed("correction_wait_s"):
                 await asyncio.wait([self.correction])
         if self.correction.done() and self.correction_clock.may_promote(step):
+            if self.config.deterministic:
+                await self.heldout.finish()  # an evaluation is of the pair that was live when it began
             candidate = self.correction.result()
             lag_steps = self.correction_clock.finish(step)
             await self.corrector.commit(candidate, step, lag_steps)

@@ -144,10 +144,10 @@ def _correction_s(config: RunConfig, sizes: NetworkSizes, length: int) -> tuple[
     calibration = 2.0 * sizes.reward * config.reward.num_calibration * length
     refit = 6.0 * sizes.reward * tokens * correction.training.num_epochs + calibration
     refit *= config.reward.ensemble.num_members
-    one_scorer, one_refitter = (
-        pool.model_copy(update={"num_actors": 1}) for pool in (config.pools.scoring, config.pools.reward)
-    )
-    return ratio / _speed(one_scorer), refit / _speed(one_refitter)
+    pools = config.pools
+    one_scorer = pools.scoring.model_copy(update={"num_actors": 1})
+    refit_ranks = pools.reward.model_copy(update={"num_actors": pools.reward.num_refit_ranks})
+    return ratio / _speed(one_scorer), refit / _speed(refit_ranks)
 
 
 def cost_lines(config: RunConfig, cost: StepCost) -> list[str]:

@@ -50,7 +50,7 @@ class HeldoutPolicy:
         self.measuring = tasks.create_task(self._measure(step, self.sampling, weights, self.measuring))
 
     async def finish(self) -> None:
-        """Wait for the last evaluation."""
+        """Wait for the latest evaluation."""
         if self.measuring is not None:
             await asyncio.wait([self.measuring])
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 STAGES = ("generate", "score", "train", "publish")
 POOLS = ("generation", "policy", "scoring", "reward")
-EVALUATED = tuple(f.name for f in fields(EvaluationReport) if f.name not in ("step", "policy_version", "seconds"))
-"""What a line has of its evaluation; KL, and what the step measures too, as ``eval_...``."""
+STEP, EVALUATION = "step", "evaluation"
+"""What an observer is told beside the events."""
+Observer: TypeAlias = Callable[[str, Mapping[str, Any]], None]
+"""``observe(kind, figures)``: STEP, EVALUATION or an event's name, as it is known."""
 SUMMARISED = (
     *("gold_mean", "gold_se", "gold_win_rate", "gold_win_rate_low", "gold_win_rate_high"),
     *("gold_win_rate_reference", "rm_accuracy"),
@@ -73,6 +75,15 @@ class StepRecord:
     num_deferred_corrections: int | None = None  # fell due while one was in flight
 
 
+_STEP_FIELDS = frozenset(f.name for f in fields(StepRecord))
+EVALUATED = {
+    f.name: f"eval_{f.name}" if f.name in _STEP_FIELDS or f.name.startswith("kl_") else f.name
+    for f in fields(EvaluationReport)
+    if f.name not in ("step", "policy_version", "seconds")
+}
+"""What a line has of its evaluation, and under which name; KL, and what the step measures too, as ``eval_...``."""
+
+
 class RunLog(AbstractContextManager["RunLog"]):
     """The writers of one run folder. ``clock`` gives seconds (monotonic; a virtual one in tests).
 
@@ -94,6 +105,8 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._waiting: deque[StepRecord] = deque()
         self._evaluations: dict[int, EvaluationReport | None] = {}
         self.last_step = last_step
+        self.observe: Observer = lambda kind, figures: None
+        """Is told every step, evaluation and event at once, before it is written."""
         self._board: SummaryWriter | None = None
 
     def __exit__(self, *_: object) -> None:
@@ -107,6 +120,7 @@ class RunLog(AbstractContextManager["RunLog"]):
         """Write the step's line, or keep it until its evaluation and those before it are there."""
         assert record.step > self.last_step, f"step {record.step} after step {self.last_step}"
         self.last_step = record.step
+        self.observe(STEP, asdict(record))
         self._waiting.append(record)
         self._write_ready()
 
@@ -125,9 +139,11 @@ class RunLog(AbstractContextManager["RunLog"]):
         """Add an announced evaluation to its step's line."""
         assert self._evaluations.get(report.step, report) is None, f"step {report.step} awaits no evaluation"
         self._evaluations[report.step] = report
+        self.observe(EVALUATION, asdict(report))
         self._write_ready()
 
     def event(self, name: str, **fields: object) -> None:
+        self.observe(name, fields)
         self._events.write({"time_s": round(self.elapsed_s(), 6), "event": name, **fields})
 
     def samples(self, rows: Iterable[Mapping[str, object]]) -> None:
@@ -145,8 +161,7 @@ class RunLog(AbstractContextManager["RunLog"]):
         while self._waiting and (is_last or self._evaluations.get(self._waiting[0].step, True)):
             line = asdict(self._waiting.popleft())
             report = self._evaluations.pop(line["step"], None)
-            for name in EVALUATED:
-                line[f"eval_{name}" if name in line or name.startswith("kl_") else name] = getattr(report, name, None)
+            line |= {column: getattr(report, name, None) for name, column in EVALUATED.items()}
             self._metrics.write(line)
             self._write_board(line["step"], line)
 

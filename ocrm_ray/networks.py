@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ocrm_ray import ranks
 from ocrm_ray.algorithm.logprobs import MAX_LOGITS, head_logprobs, log_collision, sequence_logprobs, token_entropy
 from ocrm_ray.algorithm.wpo import response_log_weights
 from ocrm_ray.attention import use_products
@@ -54,6 +55,11 @@ class CausalModel(nn.Module):
         places, tokens = batch.response_tokens()
         hidden = _hidden_states(self.network, batch).flatten(0, 1).index_select(0, places)
         num_rows = max(1, MAX_LOGITS // self.network.config.get_text_config().vocab_size)
+        if is_in_step(self.network):
+            num_chunks = ranks.largest(-(-len(tokens) // num_rows))
+            num_rows = -(-len(tokens) // num_chunks)
+            num_more = num_chunks * num_rows - len(tokens)
+            hidden, tokens = nn.functional.pad(hidden, (0, 0, 0, num_more)), nn.functional.pad(tokens, (0, num_more))
         logprobs, statistics = head_logprobs(self.logits, hidden, tokens, temperature, num_rows, statistic=statistic)
         mask = batch.response_mask
         zeros = torch.zeros(mask.shape, device=mask.device)
@@ -94,16 +100,33 @@ class ScalarModel(nn.Module):
         return scores.flatten()
 
 
+def is_in_step(network: Any) -> bool:
+    """Whether every rank must call the network's modules equally often, since each has but a part of the weights.
+
+    So it is with ZeRO 3 on several ranks, whose trainer then sets ``network.in_step``.
+    """
+    return getattr(network, "in_step", False)
+
+
+def idle_loss(module: "CausalModel | ScalarModel", forward: Callable[..., Any]) -> Tensor:
+    """0, by a forward pass over two tokens: a rank that has no share left takes part in the others' pass so."""
+    device = next(module.parameters()).device
+    batch = SequenceTable([Sequence((1,), (1,), False)], 0, share_prompts=False).batch([0]).to(device)
+    output: Tensor = forward(batch, 1.0)[0] if isinstance(module, CausalModel) else forward(batch)
+    return 0.0 * output.sum()
+
+
 def _hidden_states(network: Any, batch: PaddedBatch) -> Tensor:
     """[R, L, H], 0 where a block has ended. RunError if rows are shared that the network would not keep apart."""
-    if batch.mask is not None and not hasattr(network, "keeps_apart"):
+    in_step = is_in_step(network)
+    if (batch.mask is not None or in_step) and not hasattr(network, "keeps_apart"):
         network.keeps_apart = True
         network.keeps_apart = _keeps_apart(network)
     if batch.mask is not None and not network.keeps_apart:
         raise RunError(f"{type(network).__name__}: its attention takes no mask of ours, set share_prompts to false")
     # Embedded together: the gradient of every lookup is as large as the table.
     embedded, states = network.get_input_embeddings()(batch.tokens), []
-    for rows, width in batch.blocks():
+    for rows, width in [(slice(None), batch.tokens.shape[1])] if in_step else batch.blocks():
         inputs = {"inputs_embeds": embedded[rows, :width]}
         if batch.mask is not None:
             inputs["position_ids"] = batch.positions[rows, :width]
@@ -300,7 +323,7 @@ def row_sums(model: Any, table: SequenceTable, rows: IntArray, temperature: floa
     def sums(batch: PaddedBatch) -> Tensor:
         return sequence_logprobs(response_logprobs(model, batch, temperature), batch.response_mask)
 
-    return torch.stack(_each(model, table, rows, pool, sums))
+    return torch.from_numpy(np.stack(_each(model, table, rows, pool, sums)))
 
 
 def row_log_weights(model: Any, table: SequenceTable, rows: IntArray, temperature: float, pool: Pool) -> Tensor:
@@ -310,12 +333,12 @@ def row_log_weights(model: Any, table: SequenceTable, rows: IntArray, temperatur
         logprobs, collisions = model(batch, temperature, with_collisions=True)
         return response_log_weights(logprobs, collisions, batch.response_mask)
 
-    return torch.stack(_each(model, table, rows, pool, log_weights))
+    return torch.from_numpy(np.stack(_each(model, table, rows, pool, log_weights)))
 
 
 def table_scores(model: Any, table: SequenceTable, pool: Pool) -> Tensor:
     """A reward model's raw scores at the last token, float32 [N] on the CPU."""
-    return torch.stack(_each(model, table, None, pool, lambda batch: last_token_scores(model, batch)))
+    return torch.from_numpy(np.stack(_each(model, table, None, pool, lambda batch: last_token_scores(model, batch))))
 
 
 @torch.no_grad()
@@ -326,11 +349,14 @@ def _each(
     rows = np.arange(len(table)) if rows is None else rows
     device = next(model.parameters()).device
     results: dict[int, Any] = {}
-    for chunk in table.chunks(rows, pool.batch_size, pool.batch_tokens):
+    chunks = table.chunks(rows, pool.batch_size, pool.batch_tokens)
+    chunks += [[0]] * (ranks.largest(len(chunks)) - len(chunks))  # ZeRO 3 needs every rank in every pass
+    for chunk in chunks:
         batch = table.batch(rows[chunk]).to(device)
         values = compute(batch)
-        cut = cut_rows(values, batch.response_mask) if values.ndim == 2 else values.cpu()
+        cut = cut_rows(values, batch.response_mask) if values.ndim == 2 else values.float().cpu().numpy()
         results.update(zip(chunk, cut, strict=True))
+    results = ranks.joined(results)
     return [results[position] for position in range(len(rows))]
 
 

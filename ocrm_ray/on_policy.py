@@ -29,13 +29,13 @@ class OnPolicyResponses:
 
     @property
     def state(self) -> OnPolicyState:
-        return OnPolicyState(tuple(self._latest), tuple(self._labelled), self._taken)
+        return OnPolicyState(tuple(self._latest), tuple(self._labelled), self._taken, self._taking)
 
     def restore(self, state: OnPolicyState) -> None:
         """Go on from ``state``."""
         self._latest = deque(state.latest, maxlen=self.config.correction.rollout_prompts)
         self._labelled = list(state.labelled)
-        self._taken = state.taken
+        self._taken, self._taking = state.taken, state.taking
 
     def add(self, rollouts: Seq[Rollout]) -> None:
         """These were just trained on."""
@@ -48,11 +48,13 @@ class OnPolicyResponses:
     async def material(self, snapshot_version: int) -> Material:
         """(extra pairs, groups) of a refit for the policy of ``snapshot_version``; asked again, the same ones."""
         if self._taken is None or self._taken[0] != snapshot_version:
-            self._taken = snapshot_version, *(await self._take(snapshot_version))
+            if self._taking is None or self._taking[0] != snapshot_version:
+                self._taking = snapshot_version, tuple(self._latest)
+            self._taken = snapshot_version, *(await self._take(*self._taking))
+            self._taking = None
         return self._taken[1:]
 
-    async def _take(self, snapshot_version: int) -> Material:
-        latest = list(self._latest)
+    async def _take(self, snapshot_version: int, latest: Seq[Responses]) -> Material:
         rng = np.random.default_rng([self.config.seed, snapshot_version, 2])
         match self.strategy.rollouts:
             case None:
@@ -62,14 +64,14 @@ class OnPolicyResponses:
             case "synthetic":
                 pairs = await self._synthetic(latest, rng)
             case "gold":
-                fresh, used = await self._fresh(latest, rng), set(map(id, latest))
+                fresh, used = await self._fresh(latest, rng), set(latest)
                 self._labelled += fresh
-                self._latest = deque((each for each in self._latest if id(each) not in used), self._latest.maxlen)
+                self._latest = deque((each for each in self._latest if each not in used), self._latest.maxlen)
                 pairs = self._labelled
         self.emit("pairs_added", snapshot_version=snapshot_version, num_prompts=len(latest), num_pairs=len(pairs))
         return tuple(pairs), ()
 
-    async def _synthetic(self, rollouts: list[Responses], rng: np.random.Generator) -> list[SequencePair]:
+    async def _synthetic(self, rollouts: Seq[Responses], rng: np.random.Generator) -> list[SequencePair]:
         """The best of each prompt's largest cluster, by the reward model that scored it, and one outside."""
         clusters = await self.evaluator.clusters([rollout.sequences for rollout in rollouts])
         pairs = []
@@ -80,7 +82,7 @@ class OnPolicyResponses:
                 pairs.append((rollout.sequences[chosen[0]], rollout.sequences[chosen[1]]))
         return pairs
 
-    async def _fresh(self, rollouts: list[Responses], rng: np.random.Generator) -> list[SequencePair]:
+    async def _fresh(self, rollouts: Seq[Responses], rng: np.random.Generator) -> list[SequencePair]:
         """Two responses of each prompt since the last refit, ordered by gold as the first pairs were."""
         different = [rollout for rollout in rollouts if rollout.sequences[0] != rollout.sequences[1]]
         pairs = [(rollout.sequences[0], rollout.sequences[1]) for rollout in different]

@@ -1,7 +1,8 @@
 """From scored rollouts to the loss of one policy update: pure tensors, no engine.
 
 ``collect_experience`` turns rollouts into tensors, ``build_targets`` scores into advantages, ``micro_batches`` cuts a
-minibatch so that the shares of its micro-batches sum to the token mean of the whole, whatever their size.
+minibatch so that the shares of its micro-batches sum to the token mean of the whole, whatever their size and whoever
+of several ranks has them.
 """
 
 import math
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ocrm_ray import ranks
 from ocrm_ray.algorithm.advantages import gae, grpo_advantages, rloo_advantages, shaped_rewards, whiten
 from ocrm_ray.algorithm.direct_preference import direct_preference_losses, implicit_margins
 from ocrm_ray.algorithm.logprobs import sequence_logprobs
@@ -159,7 +161,7 @@ def minibatches(num_samples: int, num_minibatches: int, seed: Seq[int]) -> list[
 def micro_batches(
     experience: Experience, targets: Targets, rows: IntArray, policy: Policy, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """A minibatch ``rows`` in parts of similar length; none where no token of it enters the loss."""
+    """This rank's share of a minibatch ``rows`` in parts of similar length; none where no token enters the loss."""
     num_tokens = int(targets.loss_mask[torch.from_numpy(rows)].sum())
     if num_tokens == 0:
         return
@@ -245,10 +247,13 @@ def learning_rate_factor(update: int, policy: Policy, period: int) -> float:
 class UpdateStatistics:
     """What an update reports: sums of terms over sums of weights, by name of the report's field."""
 
+    NAMES = ("loss", "entropy", "clip_share", "grad_norm", "logprob_gap", "truncated_share", "value_loss")
+
     def __init__(self) -> None:
         self.sums: defaultdict[str, Any] = defaultdict(float)
         self.weights: defaultdict[str, Any] = defaultdict(float)
-        self.num_skipped_steps = 0
+        self.num_steps = self.num_skipped_steps = 0
+        """Optimiser steps until now, of a critic too; of these, those that were skipped."""
 
     def add(self, weight: Tensor | float, **terms: Tensor | float) -> None:
         """A term to each named sum, and ``weight`` to what it is divided by; nothing waits for a GPU here."""
@@ -258,6 +263,7 @@ class UpdateStatistics:
 
     def add_step(self, norm: float, **terms: float) -> None:
         """Terms of an optimiser step; of one that was skipped, its ``norm`` not being finite, only that it was."""
+        self.num_steps += 1
         if math.isfinite(norm):
             self.add(1, **terms)
         else:
@@ -270,18 +276,23 @@ class UpdateStatistics:
         self.add(compared.sum(), logprob_gap=(logprobs - micro.sampler_logprobs).abs()[compared].sum())
 
     def report(self, experience: Experience, version: int, seconds: float) -> UpdateReport:
-        """The report of the update to ``version``; KLs are means over responses of k1 sums, from sampling log-probs."""
+        """The report of the update to ``version``; KLs are means over responses of k1 sums, from sampling log-probs.
+
+        Before it, what this rank has seen is replaced by what all have.
+        """
         sampler = experience.sampler_logprobs
-        names = ("loss", "entropy", "clip_share", "grad_norm", "logprob_gap", "truncated_share")
+        both = self.sums, self.weights
+        seen = torch.tensor([[float(values[name]) for name in self.NAMES] for values in both], dtype=torch.float64)
+        for values, totals in zip(both, ranks.add_up(seen).tolist(), strict=True):
+            values.update(zip(self.NAMES, totals, strict=True))
+        means: dict[str, Any] = {name: self.sums[name] / (self.weights[name] or 1.0) for name in self.NAMES}
+        if not self.weights["value_loss"]:
+            means["value_loss"] = None
         return UpdateReport(
             version=version,
             kl_anchor=float((sampler - experience.anchor_logprobs).sum(1).mean()),
             kl_sft=float((sampler - experience.sft_logprobs).sum(1).mean()),
-            value_loss=self._mean("value_loss") if "value_loss" in self.sums else None,
             seconds=seconds,
             num_skipped_steps=self.num_skipped_steps,
-            **{name: self._mean(name) for name in names},
+            **means,
         )
-
-    def _mean(self, name: str) -> float:
-        return float(self.sums[name]) / (float(self.weights[name]) or 1.0)

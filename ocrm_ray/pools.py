@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ocrm_ray.checkpoints import Checkpoint
+from ocrm_ray.metrics import Observer
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.records import (
     Calibration,
@@ -178,6 +179,8 @@ class Cluster(Protocol):
 
     saved: Checkpoint | None
     """From which the pools of a resumed run go on."""
+    observe: Observer
+    """Is told the figures of RL as they come."""
 
     async def train_sft(self, show: Show) -> dict[str, object]:
         """Fine-tune the base model on the training prompts' references, into the SFT stage's folder; its figures."""

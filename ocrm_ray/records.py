@@ -119,11 +119,15 @@ class Responses:
 
 @dataclass(frozen=True, slots=True)
 class OnPolicyState:
-    """What is kept between refits; ``taken``: by the latest one, (snapshot version, extra pairs, groups)."""
+    """What is kept between refits; ``taken``: by the latest one, (snapshot version, extra pairs, groups).
+
+    ``taking``: (snapshot version, responses) of one that is still at it.
+    """
 
     latest: tuple[Responses, ...] = ()
     labelled: tuple[SequencePair, ...] = ()
     taken: tuple[int, tuple[SequencePair, ...], Groups] | None = None
+    taking: tuple[int, tuple[Responses, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

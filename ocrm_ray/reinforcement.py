@@ -101,6 +101,7 @@ async def run_to_the_end(
     saved = cluster.saved
     last_step = saved.state.step if saved else -1
     with ShownRunLog(config.run_dir, config.policy.num_updates, show, last_step=last_step) as log:
+        log.observe = cluster.observe
         if saved or restarts:
             checkpoint = {"checkpoint": saved.folder.name, "refused": saved.refused} if saved else {}
             log.event("resumed", step=max(last_step, 0), restarts=restarts, **checkpoint)

@@ -8,7 +8,7 @@ for a straggler before that is due: newer rollouts in its place would leave more
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ocrm_ray.records import Rollout
@@ -18,7 +18,7 @@ from ocrm_ray.records import Rollout
 class RolloutBuffer:
     """Slots of one run's rollouts: issued -> scored -> taken.
 
-    Producer: ``await wait_for_slot()``, ``issue(id)``, then ``put(id, rollout)`` when it is scored.
+    Producer: ``await wait_for_slot()``, ``issue(id)``, then ``put({id: rollout})`` when it is scored.
     Trainer: ``batch = await take(version)``, then ``publish(version + 1)`` once the engines have the new weights.
 
     ``num_total``: prompts that the whole run uses. ``reissue``: starts a late prompt again and says whether it could
@@ -66,13 +66,14 @@ class RolloutBuffer:
         self._issued_at[request_id] = self.published_version
         self.num_issued += 1
 
-    async def put(self, request_id: str, rollout: Rollout) -> None:
-        """Hand in a scored rollout."""
-        assert request_id in self._issued_at, "never issued"
-        assert request_id not in self._ready, "scored twice"
-        assert rollout.scores is not None, "handed in without scores"
-        self._ready[request_id] = rollout
-        self.num_finished += 1
+    async def put(self, rollouts: Mapping[str, Rollout]) -> None:
+        """Hand in scored rollouts, all of them at once."""
+        for request_id, rollout in rollouts.items():
+            assert request_id in self._issued_at, "never issued"
+            assert request_id not in self._ready, "scored twice"
+            assert rollout.scores is not None, "handed in without scores"
+        self._ready |= rollouts
+        self.num_finished += len(rollouts)
         async with self._changed:
             self._changed.notify_all()
 

@@ -19,7 +19,7 @@ ROLLOUT = "rollout-"
 
 def rollout_numbers(slot_ids: Iterable[str]) -> tuple[int, ...]:
     """Of slots of the buffer, in order."""
-    return tuple(sorted(int(slot_id.removeprefix(ROLLOUT)) for slot_id in slot_ids))
+    return tuple(sorted(map(_number, slot_ids)))
 
 
 @dataclass(slots=True)
@@ -62,6 +62,7 @@ class RolloutPump:
         self._numbers = itertools.chain(saved.outstanding if saved else (), itertools.count(self.num_issued))
         self._attempts: dict[str, Attempt] = {}
         self._finished: asyncio.Queue[tuple[str, Rollout]] = asyncio.Queue()
+        self._collecting = asyncio.Lock()
         self._may_issue = asyncio.Event()
         self._may_issue.set()
         self._tasks: asyncio.TaskGroup | None = None
@@ -105,13 +106,19 @@ class RolloutPump:
             self._send(slot_id, request, attempt=0)
 
     async def score(self) -> None:
-        """Score what is finished, together but no more than a step's worth, and hand it to the trainer."""
+        """Score what is finished, together but no more than a step's worth, and hand it to the trainer.
+
+        Where the run is deterministic no less either, in order of number: scores depend on what is scored together.
+        """
+        most = self.settings.prompts_per_step
+        least = most if self.config.deterministic else 1
         while True:
-            finished = dict([await self._finished.get()])
-            while not self._finished.empty() and len(finished) < self.settings.prompts_per_step:
-                finished |= [self._finished.get_nowait()]
-            for slot_id, scored in (await self.scorer.score(finished)).items():
-                await self.buffer.put(slot_id, scored)
+            async with self._collecting:
+                finished = dict([await self._finished.get()])
+                while len(finished) < most and (len(finished) < least or not self._finished.empty()):
+                    finished |= [await self._finished.get()]
+            in_order = {slot_id: finished[slot_id] for slot_id in sorted(finished, key=_number)}
+            await self.buffer.put(await self.scorer.score(in_order))
 
     def _send(self, slot_id: str, request: GenerationRequest, attempt: int) -> None:
         assert self._tasks is not None
@@ -133,3 +140,7 @@ class RolloutPump:
         self._tasks.create_task(self.generation.abort(late.request.request_id))
         self._send(slot_id, late.request, late.number + 1)
         return True
+
+
+def _number(slot_id: str) -> int:
+    return int(slot_id.removeprefix(ROLLOUT))

@@ -15,13 +15,13 @@ import contextlib
 import json
 import os
 import random
-import socket
+import secrets
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -65,41 +65,44 @@ WORLD = {
 }
 
 
-@dataclass
 class Nodes:
-    """Raylets on loopback; ``environment`` makes a driver connect to them. Without any, a driver has its own Ray."""
+    """A cluster of raylets on loopback for drivers to connect to; of none, a driver starts its own Ray."""
 
-    folder: Path
-    num_nodes: int
-    environment: dict[str, str] = field(default_factory=dict)
-    raylets: list["subprocess.Popen[bytes]"] = field(default_factory=list)
-
-    def start(self) -> None:
-        if not self.num_nodes:
+    def __init__(self, folder: Path, num_nodes: int) -> None:
+        self.environment: dict[str, str] = {}
+        self._started: list[Any] = []
+        if not num_nodes:
             return
-        with socket.socket() as free:
-            free.bind((LOOPBACK, 0))
-            address = f"{LOOPBACK}:{free.getsockname()[1]}"
-        port = address.rpartition(":")[2]
-        self._ray("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self.folder}")
-        self.environment = {"RAY_ADDRESS": address}
-        for _ in range(1, self.num_nodes):
-            self._ray(f"--address={address}")
+        from ray._private import ray_constants
+        from ray.cluster_utils import Cluster
 
-    def restart_second(self) -> None:
-        self._ray(f"--address={self.environment['RAY_ADDRESS']}")
+        ray_constants.ENABLE_RAY_CLUSTER = False  # as actors.session: else 127.0.0.1 becomes another address
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ.update(token)
+        self._cluster = Cluster()
+        for _ in range(num_nodes):
+            self._add(folder)
+        self.environment = token | {"RAY_ADDRESS": self._cluster.address}
+
+    @property
+    def raylets(self) -> list[int]:
+        """Their process ids, the newest last."""
+        return [node.all_processes["raylet"][0].process.pid for node in self._started]
+
+    def replace_last(self) -> None:
+        """SIGKILL for the newest raylet and all its processes; then a node like it."""
+        for process in tree(self.raylets[-1]):
+            process.kill()
+        self._add(None)
 
     def stop(self) -> None:
-        for raylet in self.raylets:
-            end(tree(raylet.pid))
+        for node in reversed(self._started):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
-    def _ray(self, *arguments: str) -> None:
-        """One node in the foreground, as a process that dies with all that it has."""
-        program = Path(sys.executable).with_name("ray")
-        command = [program, "start", f"--node-ip-address={LOOPBACK}", "--num-cpus=2", "--block", *arguments]
-        with (self.folder / f"node-{len(self.raylets)}.log").open("wb") as log:
-            environment = {**environment_of_runs(), "RAY_ENABLE_RAY_CLUSTER": "0"}
-            self.raylets.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+    def _add(self, folder: Path | None) -> None:
+        head = {"include_dashboard": False, "temp_dir": str(folder)} if folder and not self._started else {}
+        node = self._cluster.add_node(num_cpus=2, node_ip_address=LOOPBACK, **head)
+        self._started.append(node)
 
 
 @dataclass
@@ -134,7 +137,7 @@ class Driver:
 
     def processes(self) -> list[psutil.Process]:
         """Of the driver, and of the cluster that it has or uses."""
-        pids = [raylet.pid for raylet in self.nodes.raylets] + ([self.process.pid] if self.process else [])
+        pids = self.nodes.raylets + ([self.process.pid] if self.process else [])
         return [process for pid in pids for process in tree(pid)]
 
 
@@ -179,43 +182,41 @@ def kill(role: str, driver: Driver) -> bool:
     """SIGKILL for a process of the role, at work; False where the run was done before."""
     if role == "driver":
         assert driver.process is not None
-        victim = psutil.Process(driver.process.pid)
-    elif role == "raylet":
-        victim = next(p for p in tree(driver.nodes.raylets[-1].pid) if "raylet/raylet" in title(p))
-    else:
-        victim = wait_for(
-            f"process of {role} at work",
-            lambda: next((p for p in driver.processes() if title(p).startswith(TITLES[role])), None),
-            driver,
-        )
-    if victim is None:
-        return False
-    victim.kill()
-    if role == "driver":
-        assert driver.process is not None
+        driver.process.kill()
         driver.process.wait()
+        return True
     if role == "raylet":
-        end(tree(driver.nodes.raylets[-1].pid))
-        driver.nodes.restart_second()
-    return True
+        driver.nodes.replace_last()
+        return True
+    at_work = lambda: next((p for p in driver.processes() if title(p).startswith(TITLES[role])), None)  # noqa: E731
+    victim = wait_for(f"process of {role} at work", at_work, driver)
+    if victim is not None:
+        victim.kill()
+    return victim is not None
 
 
 def disturb(driver: Driver, roles: list[str], every: int) -> list[str]:
-    """Kill one role after another, ``every`` lines of metrics apart, then wait for the end; what was killed."""
+    """Kill one role after another, ``every`` lines of metrics apart, then wait for the end; what was killed.
+
+    Says of each how many seconds later the next update was done: with one that was under way already, or by others.
+    """
     killed: list[str] = []
     for role in roles:
         goal = driver.num_steps() + every
         if not wait_for("progress", lambda goal=goal: driver.num_steps() >= goal, driver) or not kill(role, driver):
             break
         killed.append(role)
-        print(f"{len(killed):3d}. {role:12s} after {driver.num_steps()} lines of metrics", flush=True)
+        killed_at, num_steps = time.monotonic(), driver.num_steps()
+        wait_for("update", lambda goal=num_steps: driver.num_steps() > goal, driver)
+        seconds = time.monotonic() - killed_at
+        print(f"{len(killed):3d}. {role:12s} after {num_steps} lines, next {seconds:5.1f} s later", flush=True)
     give_up = time.monotonic() + PATIENCE_S
     while driver.keep_going():
         if time.monotonic() > give_up:
             raise TimeoutError("the run does not come to its end")
         time.sleep(0.2)
-    assert driver.process is not None
-    driver.process.wait(timeout=120)
+    if driver.process is not None:
+        driver.process.wait(timeout=120)
     return killed
 
 
@@ -229,6 +230,15 @@ def losses(run_dir: Path, config: dict[str, Any]) -> list[str]:
     trained = sorted(number for row in rows for number in row["rollouts"])
     if trained != list(range(num_updates * batch)):
         found.append(f"{len(set(trained))} different rollouts among {len(trained)}, not {num_updates * batch} in order")
+    return found
+
+
+def replacements(run_dir: Path) -> dict[str, list[float]]:
+    """Seconds from finding an actor dead until another process had taken its place, by role."""
+    found: dict[str, list[float]] = {}
+    for row in read_run(run_dir).events:
+        if row["event"] == "actor_restarted":
+            found.setdefault(row["actor"], []).append(row["seconds"])
     return found
 
 
@@ -246,7 +256,6 @@ def driven(folder: Path, name: str, config: dict[str, Any], num_nodes: int) -> I
         nodes = Nodes(Path(short), num_nodes)
         driver = Driver(path, folder / "runs" / name, nodes)
         try:
-            nodes.start()
             yield driver
         finally:
             end(driver.processes())
@@ -283,6 +292,8 @@ def main() -> int:
         killed = disturb(driver, draw_roles(arguments.kills, 2, arguments.seed), arguments.every)
         found = losses(driver.run_dir, config)
         gold = gold_of(driver.run_dir)
+        for role, seconds in replacements(driver.run_dir).items():
+            print(f"{role}: at work again after {', '.join(f'{each:.1f}' for each in seconds)} s")
         print(f"{len(killed)} kills, {driver.num_starts} starts of the driver, {time.monotonic() - started:.0f} s")
     if len(killed) < arguments.kills:
         found.append(f"only {len(killed)} of {arguments.kills} kills before the run was done")

@@ -8,7 +8,7 @@ from fakes import FakeGeneration, FakePolicy, FakePools, FakeReward, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_clock import run_virtual
-from virtual_runs import coordinate, events, metrics
+from virtual_runs import NUM_PROMPTS, coordinate, cut_off, events, metrics, trained
 
 from ocrm_ray import checkpoints
 from ocrm_ray.algorithm.schedule import CorrectionClock
@@ -17,7 +17,6 @@ from ocrm_ray.config import RunConfig
 from ocrm_ray.errors import UserError
 from ocrm_ray.records import OnPolicyState, Prompt, Responses, Sequence
 
-NUM_PROMPTS = 60
 WRITTEN = "model.safetensors is not what was written"
 RULES = ({}, {"correction.promote_after": 2}, {"correction.schedule": "blocking"}, {"correction.max_lag": 3})
 
@@ -44,7 +43,9 @@ def test_a_checkpoint_reads_back_as_it_was_written_with_everything_inside(tmp_pa
         anchor_version=3,
         outstanding=(2, 5),
         clock=CorrectionClock(every=4, promote_after=2, snapshot=4, num_deferred=1),
-        on_policy=OnPolicyState((kept,), ((sequence, sequence),), (4, ((sequence, sequence),), ((sequence,),))),
+        on_policy=OnPolicyState(
+            (kept,), ((sequence, sequence),), (4, ((sequence, sequence),), ((sequence,),)), (5, (kept, kept))
+        ),
     )
     folder = write(tmp_path, state)
     found = newest(tmp_path)
@@ -103,24 +104,6 @@ def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None
     checkpoints.begin(tmp_path, 3)
     assert newest(tmp_path) is None
     assert not checkpoints.is_any(tmp_path)
-
-
-def cut_off(config: RunConfig, fakes: FakePools, seconds: float, saved: checkpoints.Checkpoint | None = None) -> bool:
-    """Run and kill the coordinator after so many virtual seconds; whether it was still running."""
-
-    async def run() -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                await coordinate(config, fakes, config.run_dir, saved, NUM_PROMPTS)
-        except TimeoutError:
-            return True
-        return False
-
-    return run_virtual(run())
-
-
-def trained(fakes: FakePools) -> list[list[int]]:
-    return [[rollout.prompt.prompt_id for rollout in batch] for _, batch in fakes.policy.updates]
 
 
 @settings(max_examples=60, deadline=None)

@@ -66,6 +66,7 @@ BLOCKING = "need nothing with schedule blocking: it promotes before the next upd
 BESIDE_WORLD = "need nothing beside world: remove it, or remove world"
 ANOTHER_POOL = "need another pool, with a placement group of its own: name another"
 WHOLE_GPUS = "need at most 1, or a whole number of GPUs of an engine: change it, and num_actors"
+DETERMINISTIC = "deterministic=true pools.generation.max_running=1 rollout.max_staleness=0 correction.promote_after=3"
 CONTRADICTIONS = {
     "sft.ready=a/b": f'sft.ready: got "a/b", {BESIDE_WORLD}',
     "pairs.ready.path=p.json": 'pairs.ready: got {"path": "p.json", "split": "train", "limit": null, "on_b..., '
@@ -99,6 +100,17 @@ CONTRADICTIONS = {
     "change it, or rollout.prompts_per_step",
     "policy.num_minibatches=256": "policy.num_minibatches: got 256, need a divisor of the 128 samples of a step: "
     "change it, or rollout.prompts_per_step",
+    "pools.policy.num_actors=2 pools.policy.gpus_per_actor=0.5": "pools.policy.gpus_per_actor: got 0.5, "
+    "need 0 or 1: several ranks cannot share a GPU: change it",
+    "pools.reward.num_refit_ranks=2 pools.reward.gpus_per_actor=0.5": "pools.reward.gpus_per_actor: got 0.5, "
+    "need 0 or 1: several ranks cannot share a GPU: change it",
+    "policy.offload=optimizer": "policy.zero_stage: got 0, need at least 1 with policy.offload optimizer: "
+    "raise it, or change policy.offload",
+    "policy.offload=all policy.zero_stage=2": "policy.zero_stage: got 2, need at least 3 with policy.offload all: "
+    "raise it, or change policy.offload",
+    "policy.deepspeed={bf16: {}, zero_optimization: {stage: 2}}": "policy.deepspeed: got "
+    '{"bf16": {}, "zero_optimization": {"stage": 2}}, '
+    "need nothing about bf16, zero_optimization.stage: other settings say it: remove it",
     "policy.kl_placement=loss": 'policy.kl_estimator: got "k1", '
     "need k2 or k3 with kl_placement loss: the gradient of k1 is zero on average: change it, or place it in the reward",
     "rollout.straggler=reissue rollout.max_staleness=0": 'rollout.straggler: got "reissue", '
@@ -155,7 +167,32 @@ CONTRADICTIONS = {
     "pools.scoring.gpus_per_actor=2": f"pools.scoring.gpus_per_actor: got 2.0, {WHOLE_GPUS}",
     "pools.generation.gpus_per_actor=1.5": f"pools.generation.gpus_per_actor: got 1.5, {WHOLE_GPUS}",
     "pools.evaluation.num_actors=2": "pools.evaluation.num_actors: got 2, need 1: one actor evaluates: remove it",
+    f"{DETERMINISTIC} pools.reward.dtype=bfloat16": 'pools.reward.dtype: got "bfloat16", '
+    "need float32 with deterministic: true: change it",
+    f"{DETERMINISTIC} pools.policy.gpus_per_actor=1": "pools.policy.gpus_per_actor: got 1.0, "
+    "need 0 with deterministic: true: on GPUs the order of sums varies: set it to 0",
+    f"{DETERMINISTIC} pools.generation.max_running=2": "pools.generation.max_running: got 2, "
+    "need 1 with deterministic: true: what is decoded together changes its rounding: set it to 1",
+    f"{DETERMINISTIC} rollout.max_staleness=1": "rollout.max_staleness: got 1, "
+    "need 0 with deterministic: true: else timing decides which rollouts a step takes: set it to 0",
+    f"{DETERMINISTIC} correction.promote_after=null": "correction.promote_after: got nothing, "
+    "need a number of updates with deterministic: true: else timing decides when a refit goes live: "
+    "set it, or set correction.schedule: blocking",
+    f"{DETERMINISTIC} correction.promote_after=null correction.max_lag=2": "correction.promote_after: got nothing, "
+    "need a number of updates with deterministic: true: else timing decides when a refit goes live: "
+    "set it in place of correction.max_lag, or set correction.schedule: blocking",
 }
+
+
+def test_everything_that_determinism_needs_is_told_at_once() -> None:
+    told = contradictions(config_of(WORLD, "deterministic=true", "rollout.straggler=reissue"))
+    assert [problem.path for problem in told] == [
+        "pools.generation.max_running",
+        "rollout.max_staleness",
+        "rollout.straggler",
+        "correction.promote_after",
+    ]
+    assert told[2].need == "wait with deterministic: true"
 
 
 @pytest.mark.parametrize("overrides", CONTRADICTIONS)
@@ -205,10 +242,13 @@ def test_a_contradiction_without_the_world_is_told(overrides: str) -> None:
         "policy.kl_placement=loss policy.kl_coefficient=0",
         "correction.promote_after=3",
         "policy.num_minibatches=128",
-        "pools.generation.gpus_per_actor=4 pools.policy.gpus_per_actor=0.5 pools.policy.num_actors=4",
+        "pools.generation.gpus_per_actor=4 pools.policy.gpus_per_actor=1 pools.policy.num_actors=4",
         "pools.policy.colocate_with=generation pools.generation.strategy=strict_pack",
         "pools.policy.resources.policy=0.01 pools.policy.labels.zone='!in(a,b)' pools.policy.labels.kind=gpu",
         "rollout.straggler=reissue",
+        DETERMINISTIC,
+        f"{DETERMINISTIC} correction.promote_after=null correction.schedule=blocking",
+        "deterministic=true pools.generation.max_running=1 policy.algorithm=wpo correction.strategy=none",
     ],
 )
 def test_what_only_looks_like_a_contradiction_passes(overrides: str) -> None:

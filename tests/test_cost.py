@@ -93,6 +93,12 @@ def test_one_actor_of_a_pool_does_the_work_of_a_correction() -> None:
     assert costs[0].stage_s["score"] > costs[1].stage_s["score"]
 
 
+def test_a_refit_is_as_much_faster_as_it_has_ranks() -> None:
+    costs = [predicted_cost(config_of(pools={"reward": {"num_refit_ranks": num}}), SIZES) for num in (1, 4)]
+    assert costs[1].refit_s == pytest.approx((costs[0].refit_s or 0.0) / 4)
+    assert (costs[0].ratio_s, costs[0].stage_s) == (costs[1].ratio_s, costs[1].stage_s)
+
+
 def test_weights_between_whole_gpus_go_faster_than_through_files() -> None:
     pools = {"policy": {"gpus_per_actor": 1}, "generation": {"gpus_per_actor": 1}}
     by_nccl, by_files = (

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
+from kill_and_resume import differences, finish, kill_at
 
 from ocrm_ray.praise import VOCABULARY
 
@@ -57,18 +59,22 @@ def shared_folders() -> set[Path]:
 
 
 def ocrm_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the program in a process of its own; it must succeed and leave nothing in shared memory."""
+    """Run the program in a process of its own; it must succeed and leave no shared or temporary file."""
     shared_before = shared_folders()
-    done = subprocess.run(
-        [sys.executable, "-m", "ocrm_ray", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # sockets have short paths
+        done = subprocess.run(
+            [sys.executable, "-m", "ocrm_ray", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": temporary},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        names = [path.name for path in Path(temporary).iterdir()]
+        left = [name for name in names if not name.startswith("torchinductor_")]  # a cache that torch keeps
     assert done.returncode == 0, done.stdout + done.stderr
     assert shared_folders() <= shared_before
+    assert left == []
     return done
 
 
@@ -180,6 +186,25 @@ def test_ready_pairs_run_without_gold_on_two_engines(study_dir: Path, tmp_path: 
     assert summary["gold_mean"] is None
     assert summary["proxy_mean"] is not None
     assert "gold" in (run_dir / "report.html").read_text()
+
+
+def test_a_run_that_is_killed_during_a_refit_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
+    study_dir: Path, tmp_path: Path
+) -> None:
+    base = {**STUDY["base"], "seed": 3, "deterministic": True, "lease": {"heartbeat_s": 0.5, "num_missed": 4}}  # type: ignore[dict-item]
+    base |= {"output_dir": str(tmp_path), "stages_dir": str(study_dir / "shared" / "seed-3")}
+    base["rollout"] = {**base["rollout"], "max_staleness": 0}
+    base["correction"] = {**base["correction"], "promote_after": 2, "kl_reference": "moving"}
+    base["pools"] = {"generation": {"max_running": 1, "kv_cache_gib": 0.25}}
+    whole, killed = ({**base, "name": name} for name in ("whole", "killed"))
+    finish(whole, resume=False)
+    checkpoint = tmp_path / "killed" / "checkpoints" / "step-4"  # with the correction of step 3 in flight
+    assert kill_at(killed, False, 5, lambda watch: watch.is_at("ratios_scored") and checkpoint.exists())
+    finish(killed, resume=True)
+    assert list(differences(tmp_path / "whole", tmp_path / "killed")) == []
+    steps = [row["step"] for row in jsonl(tmp_path / "killed" / "metrics.jsonl")]
+    assert (steps[:6], steps[-4:]) == ([0, 1, 2, 3, 4, 5], [5, 6, 7, 8])
+    assert len(steps) > 9
 
 
 METHODS = {

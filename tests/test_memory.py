@@ -118,11 +118,12 @@ def ranks_of(sizes=SIZES, **sections):
 
 
 def test_every_kind_of_process_is_there_with_its_number():
-    pools = {"policy": {"num_actors": 4}, "scoring": {"num_actors": 3}, "reward": {"num_actors": 2}}
+    pools = {"policy": {"num_actors": 4}, "scoring": {"num_actors": 3}}
+    pools |= {"reward": {"num_actors": 2, "num_refit_ranks": 5}}
     generation = {"num_actors": 2, "gpus_per_actor": 4}
     ranks = ranks_of(pools={**pools, "generation": generation}, policy={"algorithm": "ppo"})
     assert {role: rank.num_ranks for role, rank in ranks.items()} == {
-        "engine": 8, "policy": 4, "critic": 4, "scorer": 3, "pair scorer": 1, "reward server": 2, "refit": 1,
+        "engine": 8, "policy": 4, "critic": 4, "scorer": 3, "pair scorer": 1, "reward server": 2, "refit": 5,
         "evaluation": 1,
     }  # fmt: skip
     assert "refit" not in ranks_of(correction={"strategy": "none"}, reward={"ready": "rm"})
@@ -145,6 +146,16 @@ def test_ranks_share_what_their_stage_splits():
     assert total(2, 4) == {"weights": 2, "gradients": 1, "masters": 1, "moments": 2}
     assert total(3, 4) == {"weights": 0.5, "gradients": 1 + 2 * 0.5, "masters": 1, "moments": 2}
     assert total(0, 4) == {"weights": 2, "gradients": 6, "masters": 1, "moments": 2}
+
+
+def test_ranks_of_a_refit_share_the_reward_model_by_the_policys_stage():
+    def refit(num_ranks, zero_stage):
+        parts = ranks_of(pools={"reward": {"num_refit_ranks": num_ranks}}, policy={"zero_stage": zero_stage})["refit"]
+        return parts.parts["weights"], parts.parts["masters"], parts.parts["moments"]
+
+    assert refit(1, 2) == (4e5, 4e5, 8e5)
+    assert refit(4, 2) == (4e5, 1e5, 2e5)
+    assert refit(4, 3) == (1e5, 1e5, 2e5)
 
 
 def test_an_engines_cache_is_what_is_left_of_its_share_and_holds_so_many_sequences():

@@ -53,6 +53,20 @@ def test_lines_after_a_held_step_wait_until_its_evaluation_is_there(tmp_path: Pa
     assert [row["gold_mean"] for row in read_lines(tmp_path / "metrics.jsonl")] == [None, 4.5, None]
 
 
+def test_an_observer_is_told_steps_evaluations_and_events_at_once_though_lines_wait(tmp_path: Path) -> None:
+    told: list[tuple[object, ...]] = []
+    with RunLog(tmp_path, Clock()) as log:
+        log.observe = lambda kind, figures: told.append((kind, figures.get("step"), figures.get("gold_mean")))
+        log.hold(1)
+        log.step(step(1))
+        log.step(step(2))
+        log.event("promoted", step=2)
+        assert steps_of(tmp_path) == []
+        assert told == [("step", 1, None), ("step", 2, None), ("promoted", 2, None)]
+        log.evaluation(report(1, gold=4.5))
+    assert told[3:] == [("evaluation", 1, 4.5)]
+
+
 def test_an_evaluation_that_comes_before_its_step_is_kept_for_it(tmp_path: Path) -> None:
     with RunLog(tmp_path, Clock()) as log:
         log.hold(1)

@@ -1,6 +1,7 @@
 """What the latest rollouts give a refit."""
 
 import asyncio
+import pickle
 from typing import Any
 
 import numpy as np
@@ -63,3 +64,23 @@ def test_gold_orders_fresh_pairs_and_those_of_earlier_refits_stay() -> None:
         ((9,), (3,)),
     ]
     assert both[:1] == first
+
+
+def test_a_refit_that_is_cut_off_while_gold_labels_takes_the_same_responses_again() -> None:
+    responses, _ = kept("relabel")
+    responses.add([rollout(number, [(3,), (7 + number,)]) for number in range(2)])
+    states = []
+    gold_of = responses.evaluator.gold_of
+
+    async def slow(*asked: Any) -> list[float]:
+        responses.add([rollout(2, [(3,), (9,)])])
+        states.append(responses.state)
+        return await gold_of(*asked)
+
+    responses.evaluator.gold_of = slow  # type: ignore[method-assign]
+    whole = asyncio.run(responses.material(1))
+    again, _ = kept("relabel")
+    again.restore(pickle.loads(pickle.dumps(states[0])))
+    assert asyncio.run(again.material(1)) == whole
+    assert len(whole[0]) == 2
+    assert again.state == responses.state

@@ -100,6 +100,7 @@ class Instant:
 
     async def run(self, stopping: object = None) -> bool:
         if self.log is not None:
+            self.log.event("promoted")
             self.log.hold(0)
         return True
 
@@ -117,6 +118,7 @@ def test_a_run_whose_report_could_not_be_written_has_no_summary_and_is_not_done(
     def fail(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    told: list[str] = []
     config = RunConfig.model_validate({"name": "a", "output_dir": str(tmp_path), "world": {}})
     for name in ("Stages", "Coordinator"):
         monkeypatch.setattr(reinforcement, name, Instant)
@@ -126,11 +128,13 @@ def test_a_run_whose_report_could_not_be_written_has_no_summary_and_is_not_done(
     config.run_dir.mkdir(parents=True)
 
     def run() -> None:
-        cluster: Any = SimpleNamespace(pools=no_pools, saved=None, listen=no_listener)
+        observe: Any = lambda kind, figures: told.append(kind)  # noqa: E731
+        cluster: Any = SimpleNamespace(pools=no_pools, saved=None, listen=no_listener, observe=observe)
         asyncio.run(reinforcement.run_to_the_end(config, cluster, lambda state: None, asyncio.Event()))
 
     with pytest.raises(OSError, match="No space left"):
         run()
+    assert told == ["promoted", "step"], "the cluster is told what the log is"
     assert (config.run_dir / "metrics.jsonl").stat().st_size > 0
     assert not (config.run_dir / "summary.json").exists()
     monkeypatch.setattr(reinforcement, "write_report", lambda run_dir: run_dir)

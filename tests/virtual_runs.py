@@ -18,6 +18,7 @@ from ocrm_ray.prompts import ShuffledEpochs
 from ocrm_ray.records import IntArray, Sequence
 
 NUM_PAIRS = 10
+NUM_PROMPTS = 60
 
 
 class InOrder(ShuffledEpochs):
@@ -55,6 +56,24 @@ async def coordinate(
 
 def run(config: RunConfig, fakes: FakePools, run_dir: Path) -> float:
     return run_virtual(coordinate(config, fakes, run_dir))
+
+
+def cut_off(config: RunConfig, fakes: FakePools, seconds: float, saved: Checkpoint | None = None) -> bool:
+    """Run and kill the coordinator after so many virtual seconds; whether it was still running."""
+
+    async def limited() -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await coordinate(config, fakes, config.run_dir, saved, NUM_PROMPTS)
+        except TimeoutError:
+            return True
+        return False
+
+    return bool(run_virtual(limited()))
+
+
+def trained(fakes: FakePools) -> list[list[int]]:
+    return [[rollout.prompt.prompt_id for rollout in batch] for _, batch in fakes.policy.updates]
 
 
 def events(run_dir: Path, name: str | None = None) -> list[dict[str, object]]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_models import EOS, llama_config, pad_batch, random_pairs
 
-from actors.training_engine import MAX_BUCKET_SIZE, EngineSettings, TrainingEngine
+from actors.engine_settings import MAX_BUCKET_SIZE, EngineSettings
+from actors.training_engine import TrainingEngine
 from actors.weight_transport import NUM_SEGMENTS
 from ocrm_ray.memory import BUCKET, NUM_EXPORTS, Training
 from ocrm_ray.networks import DTYPES, ScalarModel, last_token_scores

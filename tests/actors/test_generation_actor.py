@@ -78,7 +78,7 @@ class TorchPolicy:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
 
     async def export_weights(self) -> PolicyWeights:
-        return self._exporter.export(self.version, self.model.state_dict())
+        return self._exporter.export(self.version, [self.model.state_dict()])
 
     async def send_weights(self, weights: PolicyWeights) -> None:
         self._exporter.send(weights)

@@ -19,7 +19,7 @@ from actors.groups import PAIR_CHUNK, RayPolicyPool, RayRewardPool, RayScoringPo
 from actors.placement import GroupRequest, Slot, alone, log_wait, plan_groups, shares
 from actors.remote_actor import ActorSpec
 from actors.session import LOOPBACK, log_folder, ray_session
-from ocrm_ray.config import Deadlines, Pool, Pools
+from ocrm_ray.config import Deadlines, Pool, Pools, RewardPool
 from ocrm_ray.errors import ActorDiedError, DeadlineError, Problem, RunError, UserError
 from ocrm_ray.records import GenerationRequest, PolicyWeights, Prompt, RefitReport, RefitRequest, Sequence
 
@@ -346,7 +346,7 @@ def test_colocated_pools_are_in_one_group_until_the_last_closes_and_a_new_actor_
     runner,
 ):
     settings = Pools(
-        policy=Pool(num_actors=2, strategy="strict_pack"), reward=Pool(cpus_per_actor=0.2, colocate_with="policy")
+        policy=Pool(num_actors=2, strategy="strict_pack"), reward=RewardPool(cpus_per_actor=0.2, colocate_with="policy")
     )
     before, found = len(placed_groups("policy")), shares(plan_groups(settings), log_wait)
     policy = [ActorSpec(f"policy-{rank}", "dummy_actors:DummyPolicy", (rank,), 1) for rank in range(2)]
@@ -358,7 +358,8 @@ def test_colocated_pools_are_in_one_group_until_the_last_closes_and_a_new_actor_
             RayRewardPool.start_in(found["reward"], reward, DEADLINES),
         )
         groups = placed_groups("policy")
-        await second.actors[1].replace(DEADLINES.start_s)
+        second.actors[1].replace()
+        await second.actors[1].start(DEADLINES.start_s)
         await first.close()
         still = placed_groups("policy")
         report = await second.refit(RefitRequest(1, np.arange(3), None, seed=0))
@@ -447,7 +448,7 @@ def test_weights_in_the_object_store_reach_scorers_in_place_and_engines_through_
     from actors.weight_transport import LocalCopy, WeightExporter, WeightReader
 
     async def publish(version, tensors):
-        weights = exporter.export(version, tensors)
+        weights = exporter.export(version, [tensors])
         local = await copy.fetch(weights)
         for read in (weights, local):
             with reader.read(read) as received:

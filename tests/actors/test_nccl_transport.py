@@ -78,7 +78,7 @@ class Engine:
 
 def test_what_is_sent_is_what_was_exported_in_the_order_that_engines_are_told(exporter, group):
     live = {name: tensor.clone() for name, tensor in TENSORS.items()}
-    weights = exporter.export(1, live)
+    weights = exporter.export(1, [live])
     for tensor in live.values():
         tensor.zero_()  # the next update
     exporter.send(weights)
@@ -90,7 +90,7 @@ def test_what_is_sent_is_what_was_exported_in_the_order_that_engines_are_told(ex
 
 
 def test_the_trainer_joins_once_as_rank_0_of_itself_and_every_worker(exporter, group):
-    weights = [exporter.export(version, TENSORS) for version in (1, 2)]
+    weights = [exporter.export(version, [TENSORS]) for version in (1, 2)]
     for version in weights:
         exporter.send(version)
     (where,) = group.joined
@@ -103,16 +103,16 @@ def test_the_trainer_joins_once_as_rank_0_of_itself_and_every_worker(exporter, g
 
 
 def test_a_segment_that_was_rewritten_before_it_was_sent_ends_the_run(exporter, group):
-    weights = exporter.export(1, TENSORS)
+    weights = exporter.export(1, [TENSORS])
     exporter.release(weights)
-    exporter.export(2, TENSORS)
+    exporter.export(2, [TENSORS])
     with pytest.raises(StaleWeightsError):
         exporter.send(weights)
     assert group.sent == []
 
 
 def test_scorers_read_the_segment_on_the_host(exporter):
-    weights = exporter.export(1, TENSORS)
+    weights = exporter.export(1, [TENSORS])
     with WeightReader().read(weights) as tensors:
         assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
 
@@ -120,7 +120,7 @@ def test_scorers_read_the_segment_on_the_host(exporter):
 def test_an_engine_joins_before_its_first_pause_and_receives_inside_every_pause(tmp_path, exporter):
     actor = GenerationActor(config_of(tmp_path), 2, "unread", 64, by_nccl=True)
     actor._engine = engine = Engine()
-    weights = [exporter.export(version, TENSORS) for version in (1, 2)]
+    weights = [exporter.export(version, [TENSORS]) for version in (1, 2)]
     for version in weights:
         asyncio.run(actor.load_weights(version))
     one = ["pause_scheduler_async", "start_weight_update", "update_weights", "finish_weight_update"]
@@ -140,7 +140,7 @@ def test_worker_and_trainer_of_vllm_take_what_they_are_sent(tmp_path, exporter):
         NCCLWeightTransferUpdateInfo,
     )
 
-    weights = exporter.export(1, TENSORS)
+    weights = exporter.export(1, [TENSORS])
     NCCLTrainerInitInfo(rank=0, **weights.nccl["group"])
     joined = NCCLWeightTransferInitInfo(rank_offset=1, packed=True, **weights.nccl["group"])
     assert joined.world_size == 7

@@ -20,7 +20,7 @@ from actors.placement import (
     unplaced,
 )
 from actors.ray_cluster import RunActor
-from ocrm_ray.config import GenerationPool, Pool, Pools, RunConfig
+from ocrm_ray.config import GenerationPool, Pool, Pools, RewardPool, RunConfig
 from ocrm_ray.errors import DeadlineError
 
 CPU = {"CPU": 0.1}
@@ -39,13 +39,13 @@ GPU = {"CPU": 0.1, "GPU": 1.0}
                 generation=GenerationPool(num_actors=2, gpus_per_actor=1.0),
                 policy=Pool(num_actors=3, gpus_per_actor=1.0, resources={"policy": 0.01}),
                 scoring=Pool(gpus_per_actor=0.5),
-                reward=Pool(num_actors=2, cpus_per_actor=2.0),
+                reward=RewardPool(num_actors=2, cpus_per_actor=2.0, num_refit_ranks=3),
             ),
             {
                 "generation": [GPU] * 2,
                 "policy": [GPU | {"policy": 0.01}] * 3,
                 "scoring": [{"CPU": 0.1, "GPU": 0.5}] * 2,
-                "reward": [{"CPU": 2.0}] * 3,
+                "reward": [{"CPU": 2.0}] * 5,
                 "evaluation": [CPU],
             },
         ),

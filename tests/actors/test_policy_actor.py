@@ -348,10 +348,10 @@ def test_a_direct_update_takes_the_step_of_plain_torch_on_its_formula(tmp_path, 
     assert report.version == 1
     assert report.loss == pytest.approx(float(losses.mean().detach()), rel=1e-5)
     assert report.grad_norm == pytest.approx(float(norm), rel=1e-4)
-    with actor._engine.weights() as present:
-        for name, parameter in model.named_parameters():
-            clear = gradients[name].abs() > 1e-5  # below, the first step of Adam goes by the sign of rounding
-            torch.testing.assert_close(present[name][clear].double(), parameter.detach()[clear], atol=5e-6, rtol=0)
+    present = actor._engine.weights()
+    for name, parameter in model.named_parameters():
+        clear = gradients[name].abs() > 1e-5  # below, the first step of Adam goes by the sign of rounding
+        torch.testing.assert_close(present[name][clear].double(), parameter.detach()[clear], atol=5e-6, rtol=0)
 
 
 def test_the_first_loss_is_log_2_where_the_anchor_is_the_policy_itself(tmp_path):
@@ -445,8 +445,7 @@ def engine_weights(settings, num_parts, steps=3, **sizes):
     for _ in range(steps):
         engine.accumulate(tokens.chunk(num_parts), loss_of)
         norms.append(engine.step(1.0))
-    with engine.weights() as present:
-        weights = {name: tensor.clone() for name, tensor in present.items()}
+    weights = engine.weights()
     rotary = engine.network.model.rotary_emb.inv_freq.clone()
     engine.close()
     return weights, norms, rotary

@@ -56,7 +56,7 @@ def test_of_the_pools_only_the_evaluator_gets_the_judges_key(tmp_path: Path) -> 
     gold = {"kind": "judge", "base_url": "http://h", "model_name": "m", "api_key_env": "TRIBUNAL_KEY"}
     config = RunConfig.model_validate({"name": "x", "output_dir": tmp_path, "gold": gold, "sft": {"ready": "m"}})
     write_prompts(tmp_path / "x" / "stages" / "data" / "heldout.jsonl", [])
-    cluster = RayCluster(config, tmp_path, None)
+    cluster = RayCluster(config, tmp_path, lambda kind, figures: None, None)
     specs = {pool: cluster._specs(pool) for pool in ("scoring", "reward", "evaluation")}
     assert [spec.secrets for spec in specs.pop("evaluation")] == [("TRIBUNAL_KEY",)]
     assert {spec.secrets for pool in specs.values() for spec in pool} == {()}

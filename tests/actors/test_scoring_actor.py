@@ -40,7 +40,7 @@ def moved_policy():
 
 def published(tmp_path, version=3):
     tensors = moved_policy().state_dict()
-    return WeightExporter(tmp_path / "exports", tensors, checksum=True).export(version, tensors)
+    return WeightExporter(tmp_path / "exports", tensors, checksum=True).export(version, [tensors])
 
 
 def expected_rows(model, sequences, temperature):

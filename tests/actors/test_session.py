@@ -72,3 +72,32 @@ def test_a_ray_address_without_a_cluster_is_the_users_error(monkeypatch, address
 def test_an_address_to_check_without_a_cluster_is_the_users_error(address):
     with pytest.raises(UserError, match=r"RAY_ADDRESS: got .*, need"), connection(address):
         pass
+
+
+@pytest.mark.parametrize(
+    ("failures", "num_starts"),
+    [
+        (["The current node timed out during startup. This could happen"] * 2, 3),
+        (["The current node timed out during startup. This could happen"] * 3, 3),
+        (["no space left"], 1),
+    ],
+)
+def test_a_ray_that_starts_too_slowly_is_started_again_twice_and_no_other_failure_is(monkeypatch, failures, num_starts):
+    asked = []
+
+    def init(**options):
+        asked.append(options)
+        if len(asked) <= len(failures):
+            raise Exception(failures[len(asked) - 1])
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("actors.session.ray.init", init)
+    monkeypatch.setattr("actors.session.ray.shutdown", lambda: None)
+    if len(failures) < num_starts:
+        with ray_session("test"):
+            pass
+    else:
+        with pytest.raises(Exception, match=failures[-1][:20]), ray_session("test"):
+            pass
+    assert len(asked) == num_starts
+    assert all(options == asked[0] for options in asked)

@@ -26,7 +26,8 @@ class InProcess:
     """What a pool asks of a ``RemoteActor``, for an actor in this process."""
 
     def __init__(self, spec):
-        self.role = spec.role
+        self.role, self.rank, self.num_ranks = spec.role, spec.rank, spec.num_ranks
+        self.num_replaced = 0
         module, _, name = spec.path.partition(":")
         self.actor = getattr(importlib.import_module(module), name)(*spec.arguments)
 

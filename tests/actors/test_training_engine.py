@@ -5,9 +5,10 @@ import math
 import psutil
 import pytest
 import torch
+from fakes import tiny_run
 from tiny_models import EOS, llama_config, pad_batch, random_pairs
 
-from actors.training_engine import EngineSettings, TrainingEngine
+from actors.training_engine import EngineSettings, TrainingEngine, start_process
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import ScalarModel, last_token_scores
 
@@ -159,8 +160,8 @@ def test_a_restored_engine_goes_on_bit_for_bit(make_engine, zero_stage, dtype, n
     for kind in captured.tensors:
         for name, tensor in captured.tensors[kind].items():
             assert torch.equal(tensor, again.tensors[kind][name]), (kind, name)
-    with asked.weights() as ours, other.weights() as theirs:
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = asked.weights(), other.weights()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def skip(engine, factor):
@@ -171,9 +172,7 @@ def skip(engine, factor):
 
 
 def full_state(engine):
-    with engine.weights() as tensors:
-        weights = [tensor.detach().clone() for tensor in tensors.values()]
-    return [*weights, *engine.second_moments()]
+    return [*engine.weights().values(), *engine.second_moments()]
 
 
 EVERY_KIND = [PLAIN, ZERO_1, (2, "float32"), (3, "float32"), BFLOAT16, (2, "bfloat16"), (3, "bfloat16")]
@@ -205,3 +204,10 @@ def test_too_many_skipped_steps_in_a_row_are_an_error_and_a_good_one_between_sta
     skip(engine, math.nan)
     with pytest.raises(RunError, match="gradient is not finite"):
         skip(engine, math.nan)
+
+
+def test_a_process_of_a_deterministic_run_refuses_operations_that_are_not() -> None:
+    for is_deterministic in (True, False):
+        config = tiny_run(deterministic=is_deterministic)
+        start_process(config, config.pools.policy)
+        assert torch.are_deterministic_algorithms_enabled() == is_deterministic

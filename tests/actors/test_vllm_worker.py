@@ -89,7 +89,7 @@ def _prepare(receiver: WeightReceiver, weights: PolicyWeights) -> None:
 @pytest.mark.parametrize(("tied", "names"), [(False, ["a"]), (True, ["a", "lm_head.weight"])])
 def test_every_tensor_reaches_the_model_in_the_pause_and_none_before(tmp_path, tied, names):
     tensors = {name: torch.full((2,), float(index)) for index, name in enumerate(names)}
-    weights = WeightExporter(tmp_path, tensors, checksum=True).export(3, tensors)
+    weights = WeightExporter(tmp_path, tensors, checksum=True).export(3, [tensors])
     receiver = _receiver(tied)
     _prepare(receiver, weights)
     assert receiver.model_runner.received == {}
@@ -99,7 +99,7 @@ def test_every_tensor_reaches_the_model_in_the_pause_and_none_before(tmp_path, t
 
 def test_a_tied_model_without_its_head_is_refused_before_anything_is_loaded(tmp_path):
     tensors = {"model.embed_tokens.weight": torch.zeros(2)}
-    weights = WeightExporter(tmp_path, tensors, checksum=False).export(3, tensors)
+    weights = WeightExporter(tmp_path, tensors, checksum=False).export(3, [tensors])
     receiver = _receiver(tied=True)
     with pytest.raises(ValueError, match="lm_head"):
         _prepare(receiver, weights)
@@ -109,11 +109,11 @@ def test_a_tied_model_without_its_head_is_refused_before_anything_is_loaded(tmp_
 def test_weights_rewritten_between_looking_and_taking_are_refused(tmp_path):
     tensors = {"a": torch.zeros(2)}
     exporter = WeightExporter(tmp_path, tensors, checksum=False)
-    weights = exporter.export(3, tensors)
+    weights = exporter.export(3, [tensors])
     receiver = _receiver(tied=False)
     _prepare(receiver, weights)
     exporter.release(weights)
-    exporter.export(4, tensors)
+    exporter.export(4, [tensors])
     with pytest.raises(StaleWeightsError, match="version 4 instead of version 3"):
         receiver.take_weights()
     assert receiver.model_runner.received == {}

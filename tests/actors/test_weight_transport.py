@@ -61,7 +61,7 @@ def test_another_process_reads_every_export_bit_for_bit_from_mappings_that_it_ke
         [sys.executable, "-c", OTHER_PROCESS], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         for version in range(6):
-            weights, copy = exporter.export(version, weights_of(version)), tmp_path / "copy"
+            weights, copy = exporter.export(version, [weights_of(version)]), tmp_path / "copy"
             other.stdin.write(f"{version} {weights.checksum} {weights.path} {copy}\n")
             other.stdin.flush()
             num_mapped.append(int(other.stdout.readline()))
@@ -72,7 +72,7 @@ def test_another_process_reads_every_export_bit_for_bit_from_mappings_that_it_ke
 
 
 def test_a_segment_is_an_ordinary_safetensors_file_with_the_tied_head_under_its_own_name(tmp_path):
-    weights = exporter_in(tmp_path).export(3, weights_of(3))
+    weights = exporter_in(tmp_path).export(3, [weights_of(3)])
     assert_equal_tensors(load_file(weights.path), weights_of(3))
     assert weights.num_bytes == weights.path.stat().st_size
 
@@ -81,7 +81,7 @@ def test_ten_publishes_use_the_same_two_files_while_each_is_read_during_the_next
     exporter, reader, previous = exporter_in(tmp_path), WeightReader(), None
     inodes = {path: path.stat().st_ino for path in tmp_path.iterdir()}
     for version in range(10):
-        weights = exporter.export(version, weights_of(version))
+        weights = exporter.export(version, [weights_of(version)])
         if previous is not None:
             with reader.read(previous) as tensors:
                 assert_equal_tensors(tensors, weights_of(version - 1))
@@ -93,26 +93,26 @@ def test_ten_publishes_use_the_same_two_files_while_each_is_read_during_the_next
 
 def test_held_versions_get_files_of_their_own_which_serve_again_after_their_release(tmp_path):
     exporter, reader = exporter_in(tmp_path), WeightReader()
-    held = [exporter.export(version, weights_of(version)) for version in range(5)]
+    held = [exporter.export(version, [weights_of(version)]) for version in range(5)]
     assert len({weights.path for weights in held}) == 5
     for version, weights in enumerate(held):
         with reader.read(weights) as tensors:
             assert_equal_tensors(tensors, weights_of(version))
     for weights in (*held, held[0]):  # a second release has no effect
         exporter.release(weights)
-    again = [exporter.export(version, weights_of(version)) for version in range(5, 10)]
+    again = [exporter.export(version, [weights_of(version)]) for version in range(5, 10)]
     assert {weights.path for weights in again} == {weights.path for weights in held}
 
 
 def test_a_version_that_is_exported_already_is_a_programming_error(tmp_path):
     exporter = exporter_in(tmp_path)
-    exporter.export(1, weights_of(1))
+    exporter.export(1, [weights_of(1)])
     with pytest.raises(AssertionError, match="version 1"):
-        exporter.export(1, weights_of(1))
+        exporter.export(1, [weights_of(1)])
 
 
 def test_another_version_than_was_sent_is_refused(tmp_path):
-    weights = exporter_in(tmp_path).export(4, weights_of(4))
+    weights = exporter_in(tmp_path).export(4, [weights_of(4)])
     with (
         pytest.raises(StaleWeightsError, match="version 4 instead of version 3"),
         WeightReader().read(replace(weights, version=3)),
@@ -122,11 +122,11 @@ def test_another_version_than_was_sent_is_refused(tmp_path):
 
 def test_a_half_written_segment_is_refused(tmp_path):
     exporter = exporter_in(tmp_path)
-    weights = exporter.export(4, weights_of(4))
+    weights = exporter.export(4, [weights_of(4)])
     exporter.release(weights)
     broken = weights_of(5) | {"scale": "what no tensor can be copied from"}
     with pytest.raises(TypeError):
-        exporter.export(5, broken)
+        exporter.export(5, [broken])
     for version in (4, 5):
         with (
             pytest.raises(StaleWeightsError, match="half-written"),
@@ -137,19 +137,19 @@ def test_a_half_written_segment_is_refused(tmp_path):
 
 def test_a_segment_that_is_rewritten_while_it_is_read_is_found_at_the_end(tmp_path):
     exporter = exporter_in(tmp_path)
-    weights = exporter.export(4, weights_of(4))
+    weights = exporter.export(4, [weights_of(4)])
 
     def read_too_long():
         with WeightReader().read(weights):
             exporter.release(weights)
-            exporter.export(5, weights_of(5))
+            exporter.export(5, [weights_of(5)])
 
     with pytest.raises(StaleWeightsError, match="version 5 instead of version 4"):
         read_too_long()
 
 
 def test_a_flipped_bit_is_found_by_its_checksum_and_only_by_it(tmp_path):
-    weights = exporter_in(tmp_path, checksum=True).export(4, weights_of(4))
+    weights = exporter_in(tmp_path, checksum=True).export(4, [weights_of(4)])
     with weights.path.open("r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)[0]
@@ -162,7 +162,7 @@ def test_a_flipped_bit_is_found_by_its_checksum_and_only_by_it(tmp_path):
 
 
 def test_what_a_reader_writes_by_mistake_reaches_nobody(tmp_path):
-    weights = exporter_in(tmp_path).export(4, weights_of(4))
+    weights = exporter_in(tmp_path).export(4, [weights_of(4)])
     with WeightReader().read(weights) as tensors:
         tensors["model.norm.weight"].zero_()
     with WeightReader().read(weights) as tensors:
