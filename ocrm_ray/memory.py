@@ -16,6 +16,7 @@ and the head's input 8 h + d h.
 An engine on CPU holds its weights three times (vLLM repacks them, and the next ones beside them); on GPUs its KV cache
 is what is left of ``gpu_memory_share``. A scorer holds the SFT model, with a moving anchor that and a staged one too,
 the one that scores pairs a snapshot; a reward server the live models and, with corrections, staged ones.
+What ``policy.offload`` moves to the host is counted where it would be without.
 """
 
 from collections.abc import Mapping, Sequence
@@ -256,6 +257,7 @@ def memory_lines(config: RunConfig, sizes: NetworkSizes) -> list[str]:
     demands = gpu_demands(config, ranks)
     too_much = [f"{role} {asked:.0f} GiB of {room:.0f}" for role, asked, room in demands if asked > room]
     gpus = f"GPUs of {config.assumed.gpu_gib:g} GiB (assumed.gpu_gib)"
+    gpus += "" if config.policy.offload == "none" else " without policy.offload"
     if demands:
         lines.append(f"memory: too much for {gpus}: {', '.join(too_much)}" if too_much else f"memory: fits {gpus}")
     if (num_sequences := running_sequences(config, sizes)) is not None:

@@ -185,6 +185,8 @@ def test_what_is_too_much_for_a_gpu_is_told_with_policy_and_critic_as_one():
         "memory: too much for GPUs of 1 GiB (assumed.gpu_gib): policy 8 GiB of 1, scorer 1 GiB of 0, "
         "pair scorer 2 GiB of 0"
     )
+    offloads = config.model_copy(update={"policy": config.policy.model_copy(update={"offload": "optimizer"})})
+    assert "memory: fits GPUs of 8 GiB (assumed.gpu_gib) without policy.offload" in memory_lines(offloads, sizes)
 
 
 def test_exports_are_as_large_as_what_is_exported(tmp_path):
