@@ -167,8 +167,7 @@ class RewardFit:
         hidden_size = self._engine.network.config.get_text_config().hidden_size
         self._multiview = MultiView(hidden_size, views.latent_size).to(self._engine.device)
         torch.set_rng_state(generator_state)
-        for parameter in self._multiview.parameters():  # the engine takes losses times the ranks
-            parameter.register_hook(lambda gradient: gradient / ranks.num_ranks())  # type: ignore[no-untyped-call]
+        # Adam takes no notice that the engine makes losses as many times as large as there are ranks
         self._view_optimizer = torch.optim.Adam(self._multiview.parameters(), views.learning_rate)
 
     def _view_loss(self, views: RepresentationLoss, rows: IntArray) -> Tensor:

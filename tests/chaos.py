@@ -73,15 +73,16 @@ class Nodes:
         self._started: list[Any] = []
         if not num_nodes:
             return
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ.update(token | {"RAY_TMPDIR": str(folder)})  # Ray reads them when it is imported
+        (folder / "ray").mkdir()
         from ray._private import ray_constants
         from ray.cluster_utils import Cluster
 
         ray_constants.ENABLE_RAY_CLUSTER = False  # as actors.session: else 127.0.0.1 becomes another address
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        os.environ.update(token)
         self._cluster = Cluster()
         for _ in range(num_nodes):
-            self._add(folder)
+            self._add()
         self.environment = token | {"RAY_ADDRESS": self._cluster.address}
 
     @property
@@ -91,18 +92,16 @@ class Nodes:
 
     def replace_last(self) -> None:
         """SIGKILL for the newest raylet and all its processes; then a node like it."""
-        for process in tree(self.raylets[-1]):
-            process.kill()
-        self._add(None)
+        end(tree(self.raylets[-1]))
+        self._add()
 
     def stop(self) -> None:
         for node in reversed(self._started):
             node.kill_all_processes(check_alive=False, allow_graceful=False)
 
-    def _add(self, folder: Path | None) -> None:
-        head = {"include_dashboard": False, "temp_dir": str(folder)} if folder and not self._started else {}
-        node = self._cluster.add_node(num_cpus=2, node_ip_address=LOOPBACK, **head)
-        self._started.append(node)
+    def _add(self) -> None:
+        head = {} if self._started else {"include_dashboard": False}
+        self._started.append(self._cluster.add_node(num_cpus=2, node_ip_address=LOOPBACK, **head))
 
 
 @dataclass

@@ -6,6 +6,7 @@ import os
 import socket
 import traceback
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 TIMEOUT_S = 300.0
 
@@ -15,17 +16,21 @@ class Ranks:
     """``run(function, *arguments)``: what each rank's call of it returns; ``function`` is found by its name."""
 
     connections: list
+    failure: str = ""
 
     def run(self, function, *arguments):
+        assert not self.failure, f"out of step since {self.failure}"
         for connection in self.connections:
             connection.send((function, arguments))
-        answers = []
-        for connection in self.connections:
-            assert connection.poll(TIMEOUT_S), f"{function.__name__}: a rank gave no answer"
-            answers.append(connection.recv())
-        if failures := [trace for _, trace in answers if trace]:
-            raise AssertionError("\n".join(failures))
-        return [answer for answer, _ in answers]
+        answers = {}
+        while len(answers) < len(self.connections) and not self.failure:
+            ready = wait(set(self.connections) - answers.keys(), TIMEOUT_S)
+            answers |= {connection: connection.recv() for connection in ready}
+            self.failure = "" if ready else f"{function.__name__}: a rank gave no answer"
+            # whoever fails alone leaves the others waiting
+            self.failure += "".join(trace for _, trace in answers.values())
+        assert not self.failure, self.failure
+        return [answers[connection][0] for connection in self.connections]
 
 
 @contextlib.contextmanager
@@ -39,8 +44,9 @@ def rank_processes(num_ranks):
         spawn.Process(target=_serve, args=(theirs, rank, num_ranks, port), daemon=True)
         for rank, (_, theirs) in enumerate(pipes)
     ]
-    for process in processes:
+    for process, (_, theirs) in zip(processes, pipes, strict=True):
         process.start()
+        theirs.close()  # so that a rank that dies is noticed at once
     try:
         yield Ranks([ours for ours, _ in pipes])
     finally:
@@ -53,9 +59,12 @@ def _serve(connection, rank, num_ranks, port):
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    from actors.training_engine import join_process_group, start_process
+    import torch
 
-    start_process(1, seed=0)
+    from actors.training_engine import join_process_group
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     join_process_group(TIMEOUT_S)
     while True:
         function, arguments = connection.recv()
