@@ -4,6 +4,7 @@ Nothing here imports torch, vllm or deepspeed: actors are given by path and buil
 """
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Awaitable, Callable, Coroutine
 from collections.abc import Sequence as Seq
@@ -55,7 +56,7 @@ def in_turn(
     ask = asks(method)
 
     async def ask_in_turn(pool: "RayPolicyPool", /, *arguments: Parameters.args, **named: Parameters.kwargs) -> Answer:
-        async with pool.turn:
+        async with pool.turn if len(pool.actors) > 1 else contextlib.nullcontext():
             return await ask(pool, *arguments, **named)
 
     return ask_in_turn

@@ -25,6 +25,8 @@ WEIGHTS = PolicyWeights(1, Path(), 8)
 class InProcess:
     """What a pool asks of a ``RemoteActor``, for an actor in this process."""
 
+    rank, num_ranks, num_replaced = 0, 1, 0
+
     def __init__(self, spec):
         self.role, self.rank, self.num_ranks = spec.role, spec.rank, spec.num_ranks
         self.num_replaced = 0
