@@ -178,8 +178,7 @@ class Corrector:
             reward_slot=promotion_id if refit else live.reward_slot,
             anchor_slot=promotion_id if moves else live.anchor_slot,
         )
-        if self.settings.critic_on_promote == "reinit":  # the policy pool answers behind the update that goes on
-            await self.pools.policy.stage(promotion_id, refit)
+        await self.pools.policy.stage(promotion_id, refit)
         if moves:
             await self.pools.scoring.stage_anchor(promotion_id, snapshot)
         if refit is not None:

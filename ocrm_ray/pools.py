@@ -71,7 +71,7 @@ class PolicyPool(Protocol):
         """Log-probs [T] of the responses at temperature 1 under the present weights."""
 
     async def stage(self, promotion_id: str, refit: RefitReport | None) -> None:
-        """Prepare the critic that a promotion starts again, where it does; off the critical path."""
+        """Prepare what a promotion changes in the trainer (critic weights); off the critical path."""
 
     async def commit(self, promotion_id: str, reward_version: int, anchor_version: int) -> None:
         """Make the staged critic live, reset the optimiser if so configured, expect the new versions. Idempotent."""
