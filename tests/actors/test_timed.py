@@ -28,8 +28,7 @@ class InProcess:
     rank, num_ranks, num_replaced = 0, 1, 0
 
     def __init__(self, spec):
-        self.role, self.rank, self.num_ranks = spec.role, spec.rank, spec.num_ranks
-        self.num_replaced = 0
+        self.role = spec.role
         module, _, name = spec.path.partition(":")
         self.actor = getattr(importlib.import_module(module), name)(*spec.arguments)
 
