@@ -13,8 +13,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray.util.placement_group import PlacementGroup
-
+from actors.placement import Share
 from actors.ray_pool import RayPool
 from actors.remote_actor import RemoteActor
 from ocrm_ray.config import Deadlines
@@ -48,8 +47,8 @@ class RayGenerationPool(RayPool):
     name = "generation"
     farewell = "shutdown"
 
-    def __init__(self, actors: Seq[RemoteActor], group: PlacementGroup, deadlines: Deadlines) -> None:
-        super().__init__(actors, group, deadlines)
+    def __init__(self, actors: Seq[RemoteActor], share: Share, deadlines: Deadlines) -> None:
+        super().__init__(actors, share, deadlines)
         self._engines = [_Engine(actor) for actor in self.actors]
         self.max_open_samples = sys.maxsize
         """Samples that an engine is asked for at once, unless one request alone has more."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
-from ray.util.placement_group import PlacementGroup
 
+from actors.placement import Share
 from actors.ray_pool import RayPool, together
 from actors.remote_actor import RemoteActor
 from ocrm_ray.config import Deadlines
@@ -94,8 +94,8 @@ class RayPolicyPool(RayPool):
     saved_snapshot = in_turn(PolicyPool.saved_snapshot)
     save = in_turn(PolicyPool.save)
 
-    def __init__(self, actors: Seq[RemoteActor], group: PlacementGroup, deadlines: Deadlines) -> None:
-        super().__init__(actors, group, deadlines)
+    def __init__(self, actors: Seq[RemoteActor], share: Share, deadlines: Deadlines) -> None:
+        super().__init__(actors, share, deadlines)
         self.turn = asyncio.Lock()
 
     async def release_weights(self, weights: PolicyWeights) -> None:
@@ -111,8 +111,8 @@ class RayPolicyPool(RayPool):
 class StagingPool(RayPool):
     """A pool whose ``servers``, all actors but the last or its ranks, hold a live network and a staged one."""
 
-    def __init__(self, actors: Seq[RemoteActor], group: PlacementGroup, deadlines: Deadlines) -> None:
-        super().__init__(actors, group, deadlines)
+    def __init__(self, actors: Seq[RemoteActor], share: Share, deadlines: Deadlines) -> None:
+        super().__init__(actors, share, deadlines)
         num_servers = len(self.actors) - self.actors[-1].num_ranks
         self.servers, self.background = self.actors[:num_servers], self.actors[num_servers:]
         self._live: tuple[Message, ...] = ()

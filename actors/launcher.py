@@ -10,16 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from actors.placement import COORDINATOR, alone
 from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec
 from actors.session import ray_session
 from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import study_runs
-from ocrm_ray.progress import ProgressDisplay
+from ocrm_ray.progress import ProgressDisplay, ProgressState
 from ocrm_ray.study_jobs import run_side_by_side
 from ocrm_ray.study_report import study_table, write_study
-
-COORDINATOR_CPUS = 0.1
 
 
 class CoordinatorPool(RayPool):
@@ -89,7 +88,12 @@ async def _run(
         asynchronous=True,
         secrets=config.secrets,
     )
-    coordinator = await CoordinatorPool.start([spec], [{"CPU": COORDINATOR_CPUS}], config.deadlines)
+
+    def tell(name: str, missing: str | None) -> None:
+        display.update(ProgressState(stage="start", arm=arm, note=f"waiting: {missing}" if missing else ""))
+
+    share = alone(CoordinatorPool.name, [COORDINATOR], tell)
+    coordinator = await CoordinatorPool.start_in(share, [spec], config.deadlines)
     actor, deadline_s = coordinator.actors[0], config.deadlines.request_s
     try:
         with _finished_at_the_first_signal(lambda: actor.call("finish", deadline_s=deadline_s)):

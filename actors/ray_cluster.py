@@ -14,8 +14,9 @@ import ray
 from actors.generation import engine_environment
 from actors.generation_group import RayGenerationPool
 from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
+from actors.placement import Tell, log_wait, plan_groups, shares
 from actors.ray_metrics import RunMetrics
-from actors.ray_pool import RayPool, plan_bundles, together
+from actors.ray_pool import RayPool, together
 from actors.remote_actor import ActorSpec, ranks_of
 from ocrm_ray.checkpoints import Checkpoint, reward_folder
 from ocrm_ray.config import RunConfig
@@ -38,12 +39,10 @@ PoolType = TypeVar("PoolType", bound=RayPool)
 def choose_transport(config: RunConfig, num_nodes: int) -> tuple[bool, bool]:
     """Whether weights go through Ray's object store instead of shared memory, and whether engines get them by NCCL.
 
-    With NCCL, which needs whole GPUs, scorers still read the copy on the trainer's host.
+    With NCCL scorers still read the copy on the trainer's host.
     """
-    wanted, pools = config.publish.transport, config.pools
-    whole_gpus = min(pools.policy.gpus_per_actor, pools.generation.gpus_per_actor) >= 1
-    by_nccl = wanted == "nccl" or (wanted == "auto" and whole_gpus)
-    return wanted == "object_store" or (wanted != "shared_memory" and num_nodes > 1), by_nccl
+    wanted = config.publish.transport
+    return wanted == "object_store" or (wanted != "shared_memory" and num_nodes > 1), config.by_nccl
 
 
 def _num_nodes() -> int:
@@ -51,24 +50,31 @@ def _num_nodes() -> int:
 
 
 class RayTrainer(RayPool):
-    """One actor that trains one model before RL."""
+    """The ranks that train one model before RL."""
 
     name = "trainer"
 
 
 class RayCluster:
-    """``Cluster`` over Ray actors, each pool in a placement group of its own.
+    """``Cluster`` over Ray actors, each pool placed as its section says.
 
     Engines, scorers and the evaluator that a stage started are the ones that RL goes on with.
     """
 
-    def __init__(self, config: RunConfig, shared_memory: Path, observe: Observer, saved: Checkpoint | None) -> None:
-        """``saved``: from which the pools of a resumed run go on."""
+    def __init__(
+        self,
+        config: RunConfig,
+        shared_memory: Path,
+        observe: Observer,
+        saved: Checkpoint | None,
+        tell: Tell = log_wait,
+    ) -> None:
+        """``saved``: from which the pools of a resumed run go on. ``tell``: of a wait for a place."""
         self.observe = observe
         self.config = config
         self.saved = saved
         self.paths = stage_paths(config)
-        self.bundles = plan_bundles(config.pools)
+        self._shares = shares(plan_groups(config.pools), tell)
         self._shared_memory = shared_memory
         self._started: dict[str, asyncio.Task[RayPool]] = {}
 
@@ -101,7 +107,7 @@ class RayCluster:
         """Start the ranks, let them train, and end them; progress, told on a second thread, is shown meanwhile."""
         deadlines, stage = self.config.deadlines, specs[0].role.partition("-")[0]
         specs = [replace(spec, concurrency=2) for spec in specs]
-        trainer = await RayTrainer.start(specs, self.bundles[pool][-len(specs) :], deadlines)
+        trainer = await RayTrainer.start_in(self._shares[pool], specs, deadlines)
 
         def tell(progress: tuple[int, int]) -> None:
             show(ProgressState(stage=stage, done=progress[0], total=progress[1], unit="steps"))
@@ -145,7 +151,7 @@ class RayCluster:
         return cast(PoolType, await asyncio.shield(self._started[name]))
 
     async def _start(self, kind: type[RayPool]) -> RayPool:
-        pool = await kind.start(self._specs(kind.name), self.bundles[kind.name], self.config.deadlines)
+        pool = await kind.start_in(self._shares[kind.name], self._specs(kind.name), self.config.deadlines)
         # a rank of the trainer has what no other process knows
         pool.max_replacements = 0 if kind is RayPolicyPool else self.config.faults.max_replacements
         return pool
@@ -208,7 +214,8 @@ class RayCluster:
 
     def _alike(self, path: str, pool: str, *arguments: Any) -> list[ActorSpec]:
         """Each with a second thread, for what must not wait for a call that is long."""
-        specs = (self._spec(f"{pool}-{number}", path, pool, *arguments) for number in range(len(self.bundles[pool])))
+        num_actors = self.config.pools.num_placed(pool)
+        specs = (self._spec(f"{pool}-{number}", path, pool, *arguments) for number in range(num_actors))
         return [replace(spec, concurrency=2) for spec in specs]
 
     def _spec(self, role: str, path: str, pool: str, *arguments: Any) -> ActorSpec:
@@ -229,6 +236,7 @@ class RunActor:
         self._config = config
         self._shared_memory = shared_memory
         self._state = ProgressState(stage="start")
+        self._waits: dict[str, str] = {}
         self._running: asyncio.Task[dict[str, object] | None] | None = None
         self._stopping, self._ended = asyncio.Event(), asyncio.Event()
 
@@ -238,7 +246,7 @@ class RunActor:
     async def run(self) -> dict[str, object] | None:
         """The whole run; returns its summary, None if it was to ``finish``. Whatever happens, the pools are ended."""
         metrics = RunMetrics(str(self._config.run_dir))
-        start = functools.partial(RayCluster, self._config, self._shared_memory, metrics.observe)
+        start = functools.partial(RayCluster, self._config, self._shared_memory, metrics.observe, tell=self._tell_wait)
         self._running = asyncio.create_task(run_with_restarts(self._config, start, self._show, self._stopping))
         try:
             return await self._running
@@ -262,8 +270,14 @@ class RunActor:
             await self._ended.wait()
 
     async def progress(self) -> ProgressState:
-        """Where the run is now."""
-        return self._state
+        """Where the run is now, and which pools wait for a place."""
+        return replace(self._state, note="; ".join(self._waits.values()))
+
+    def _tell_wait(self, group: str, missing: str | None) -> None:
+        log_wait(group, missing)
+        self._waits = {name: text for name, text in self._waits.items() if name != group}
+        if missing is not None:
+            self._waits[group] = f"waiting: {missing}"
 
     def _show(self, state: ProgressState) -> None:
         self._state = state

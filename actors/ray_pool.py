@@ -2,48 +2,28 @@
 
 import asyncio
 import logging
-import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any, ClassVar, Self, TypeVar
 
-import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-
+from actors.placement import Bundle, Share, alone
 from actors.remote_actor import ActorSpec, Place, RemoteActor
-from ocrm_ray.config import Deadlines, Pools
-from ocrm_ray.errors import ActorDiedError, DeadlineError
+from ocrm_ray.config import Deadlines
+from ocrm_ray.errors import ActorDiedError
 
 logger = logging.getLogger(__name__)
 
-Bundle = dict[str, float]
 Answer = TypeVar("Answer")
 
-_REPORT_S = 10.0
 _FAREWELL_S = 20.0
 _DEATH_S = 30.0
 """In which Ray finds an actor dead whose peers have noticed already."""
 
 
-def plan_bundles(pools: Pools) -> dict[str, list[Bundle]]:
-    """Ray resources of every actor, by pool: one bundle an actor, in the order in which a pool spawns them.
-
-    Two pools have more actors than ``num_actors``, the last of their lists: scoring its background actor
-    (snapshots and pair ratios), reward the ranks of its refitter. Evaluation always is one actor.
-    """
-    plan: dict[str, list[Bundle]] = {}
-    more = {"scoring": 1, "reward": pools.reward.num_refit_ranks}
-    for name, pool in pools:
-        num_actors = 1 if name == "evaluation" else pool.num_actors + more.get(name, 0)
-        gpus = {"GPU": pool.gpus_per_actor} if pool.gpus_per_actor > 0 else {}
-        plan[name] = [{"CPU": pool.cpus_per_actor, **gpus} for _ in range(num_actors)]
-    return plan
-
-
 class RayPool:
-    """The actors of a pool, in the order of their specs, in one placement group.
+    """The actors of a pool, in the order of their specs, in one placement group, maybe with another pool's.
 
     ``farewell`` is the method by which an actor ends what it has started, if it has one. An actor that died is replaced
     by another process, ``max_replacements`` times; ``emit(event, **fields)`` is told.
@@ -52,34 +32,39 @@ class RayPool:
     name: ClassVar[str]
     farewell: ClassVar[str | None] = None
 
-    def __init__(self, actors: Seq[RemoteActor], group: PlacementGroup, deadlines: Deadlines) -> None:
+    def __init__(self, actors: Seq[RemoteActor], share: Share, deadlines: Deadlines) -> None:
         self.actors = tuple(actors)
         self.deadlines = deadlines
         self.max_replacements = 0
         """Of each actor."""
         self.emit: Callable[..., None] = _log_event
-        self._group = group
+        self._share = share
         self._replacing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @classmethod
     async def start(cls, specs: Seq[ActorSpec], bundles: Seq[Bundle], deadlines: Deadlines) -> Self:
-        """Place the pool, one bundle an actor, and wait until all are ready: ``deadlines.start_s`` for both.
+        """As ``start_in``, in a placement group of its own, one bundle an actor."""
+        assert len(bundles) == len(specs), f"pool {cls.name}: one bundle an actor"
+        return await cls.start_in(alone(cls.name, bundles), specs, deadlines)
+
+    @classmethod
+    async def start_in(cls, share: Share, specs: Seq[ActorSpec], deadlines: Deadlines) -> Self:
+        """Place the pool and wait until all actors are ready: ``deadlines.start_s`` for both.
 
         Raises the first actor's own error, ActorDiedError or DeadlineError; nothing of the pool is then left.
         """
-        assert len(bundles) == len(specs), f"pool {cls.name}: one bundle an actor"
         started = time.monotonic()
-        group = await place(cls.name, bundles, deadlines.start_s)
+        group = await share.group.enter(deadlines.start_s)
         actors: list[RemoteActor] = []
         try:
-            actors.extend(RemoteActor(spec, Place(group, bundle)) for bundle, spec in enumerate(specs))
+            actors.extend(RemoteActor(spec, Place(group, share.first + number)) for number, spec in enumerate(specs))
             left_s = max(0.0, started + deadlines.start_s - time.monotonic())
             groups = (actors[start : start + a.num_ranks] for start, a in enumerate(actors) if a.rank == 0)
             await asyncio.gather(*(_start_together(group, left_s) for group in groups))
         except BaseException:
-            _end(actors, group)
+            _end(actors, share)
             raise
-        return cls(actors, group, deadlines)
+        return cls(actors, share, deadlines)
 
     async def ask(self, actor: RemoteActor, method: str, *arguments: Any, deadline_s: float) -> Any:
         """As ``RemoteActor.call``; where the actor dies, the one in its place is asked again."""
@@ -131,48 +116,11 @@ class RayPool:
             if self.farewell is not None:
                 await asyncio.gather(*(_say(actor, self.farewell) for actor in self.actors))
         finally:
-            _end(self.actors, self._group)
-
-
-async def place(pool: str, bundles: Seq[Bundle], deadline_s: float) -> PlacementGroup:
-    """Reserve ``bundles`` together as one placement group; every 10 s of waiting is logged.
-
-    Raises DeadlineError with what was asked for and what is free; the group is then gone from the cluster.
-    """
-    # a suffix: Ray refuses a second group of one name, and a removed one keeps its name for a moment
-    group = placement_group(list(bundles), strategy="PACK", name=f"{pool}-{secrets.token_hex(4)}")
-    ready = asyncio.ensure_future(group.ready())
-    try:
-        async with asyncio.timeout(deadline_s):
-            while not (await asyncio.wait({ready}, timeout=_REPORT_S))[0]:
-                logger.info("pool %s waits for a place: %s", pool, _shortage(bundles))
-        ready.result()
-        return group
-    except BaseException as error:
-        ready.cancel()
-        remove_placement_group(group)
-        if isinstance(error, TimeoutError):
-            raise DeadlineError(
-                f"pool {pool} was not placed within {deadline_s:g} s: {_shortage(bundles)}; "
-                f"free the cluster, add nodes, or lower pools.{pool}.num_actors, cpus_per_actor or gpus_per_actor"
-            ) from None
-        raise
+            _end(self.actors, self._share)
 
 
 def _log_event(event: str, **fields: object) -> None:
     logger.warning("%s %s", event, fields)
-
-
-def _shortage(bundles: Seq[Bundle]) -> str:
-    return describe_shortage(bundles, ray.available_resources(), ray.cluster_resources())
-
-
-def describe_shortage(bundles: Seq[Bundle], free: Mapping[str, float], total: Mapping[str, float]) -> str:
-    """What was asked for against what the cluster has, resource by resource."""
-    asked = " + ".join(", ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles)
-    names = sorted({name for bundle in bundles for name in bundle})
-    has = ", ".join(f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}" for name in names)
-    return f"asked for {len(bundles)} bundles ({asked}), the cluster has free {has}"
 
 
 async def together(calls: Iterable[Coroutine[Any, Any, Answer]]) -> list[Answer]:
@@ -213,7 +161,7 @@ async def _say(actor: RemoteActor, farewell: str) -> None:
         logger.warning("actor %s did not end by itself: %s", actor.role, error)
 
 
-def _end(actors: Seq[RemoteActor], group: PlacementGroup) -> None:
+def _end(actors: Seq[RemoteActor], share: Share) -> None:
     for actor in actors:
         actor.kill()
-    remove_placement_group(group)
+    share.group.leave()

@@ -20,7 +20,7 @@ from actors.timed import NUM_PAIRS
 from ocrm_ray.config import RunConfig
 from ocrm_ray.coordinator import Coordinator, TrainingData
 from ocrm_ray.correction import PairData
-from ocrm_ray.cost import prompt_tokens
+from ocrm_ray.memory import prompt_tokens
 from ocrm_ray.pools import Pools, Show
 from ocrm_ray.progress import ProgressDisplay
 from ocrm_ray.prompts import ShuffledEpochs

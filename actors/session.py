@@ -68,7 +68,8 @@ def _initialise(**options: Any) -> None:
             return
         except ConnectionError as error:
             do = "set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
-            raise _address_error("a refusal", "a cluster that lets this program in", do) from error
+            address = os.environ["RAY_ADDRESS"]
+            raise _address_error(address, "a refusal", "a cluster that lets this program in", do) from error
         except Exception as error:
             if is_last or _TOO_SLOW not in str(error):
                 raise
@@ -76,20 +77,36 @@ def _initialise(**options: Any) -> None:
             ray.shutdown()
 
 
+@contextmanager
+def connection(address: str) -> Iterator[None]:
+    """To the cluster at HOST:PORT, or with ``auto`` to the one that this machine is a node of; nothing runs there."""
+    if address != "auto":
+        _require_listener(address)
+    try:
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError) as error:
+        do = "run this on a node of a running cluster, with its token in ~/.ray/auth_token if it has one"
+        raise _address_error(address, f"no answer: {error}", "a running Ray cluster", do) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def _require_listener(address: str) -> None:
     """UserError unless ``address`` is HOST:PORT and something listens there: Ray itself would try for many minutes."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
-        raise _address_error("another form", "HOST:PORT", "correct it; a job is submitted with ray job submit")
+        raise _address_error(address, "another form", "HOST:PORT", "correct it; a job is submitted with ray job submit")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except OSError as error:
         do = "start the cluster, or unset RAY_ADDRESS to run on this machine"
-        raise _address_error(f"no answer: {error}", "a running Ray cluster", do) from error
+        raise _address_error(address, f"no answer: {error}", "a running Ray cluster", do) from error
 
 
-def _address_error(got: str, need: str, do: str) -> UserError:
-    return mistake("RAY_ADDRESS", f"{os.environ['RAY_ADDRESS']!r} ({got})", need, do)
+def _address_error(address: str, got: str, need: str, do: str) -> UserError:
+    return mistake("RAY_ADDRESS", f"{address!r} ({got})", need, do)
 
 
 def _is_job() -> bool:

@@ -1,6 +1,7 @@
 """Settings that cannot stand together, in a run and among the runs of a study. Pure but for ``study_problems``."""
 
 import math
+import re
 from collections.abc import Iterator
 from functools import reduce
 from typing import TypeAlias
@@ -21,13 +22,14 @@ OWN_DEEPSPEED_KEYS = {
 
 Checks: TypeAlias = Iterator[tuple[bool, str, str, str]]
 """(whether it is wrong, the setting to name, what it needs, what to do)."""
+_SELECTOR = re.compile(r"!?(in\([\w.-]+(, ?[\w.-]+)*\)|[\w.-]+)")
 
 
 def contradictions(config: RunConfig) -> list[Problem]:
     """Settings that cannot stand together, all of them."""
     return [
         Problem(path, _shown_setting(config, path), need, do)
-        for checks in (_sources, _pairs, _correction, _strategy, _policy, _evaluation, _determinism, _world)
+        for checks in (_sources, _pairs, _correction, _strategy, _policy, _evaluation, _determinism, _world, _placement)
         for is_wrong, path, need, do in checks(config)
         if is_wrong
     ]
@@ -221,3 +223,19 @@ def _world(config: RunConfig) -> Checks:
     shortest, longest = world.response_words + 1, praise.MAX_TOKENS - praise.PROMPT_WORDS
     need = f"{shortest} (its responses and EOS) to {longest} (its models' context less the prompt) with world"
     yield not shortest <= rollout.max_new_tokens <= longest, "rollout.max_new_tokens", need, "change it"
+
+
+def _placement(config: RunConfig) -> Checks:
+    for name, pool in config.pools:
+        key, host = f"pools.{name}", pool.colocate_with
+        is_wrong = host is not None and (host == name or getattr(config.pools, host).colocate_with is not None)
+        yield is_wrong, f"{key}.colocate_with", "another pool, with a placement group of its own", "name another"
+        is_wrong = host is not None and pool.strategy != "pack"
+        yield is_wrong, f"{key}.strategy", f"pack beside colocate_with: the strategy of {host} counts", "remove it"
+        is_wrong = bool(pool.resources.keys() & {"CPU", "GPU", "memory", "object_store_memory"})
+        yield is_wrong, f"{key}.resources", "custom resources", "use cpus_per_actor and gpus_per_actor for others"
+        is_wrong = not all(map(_SELECTOR.fullmatch, pool.labels.values()))
+        yield is_wrong, f"{key}.labels", "VALUE, !VALUE, in(A,B) or !in(A,B) for each", "correct it"
+        is_wrong = pool.gpus_per_actor > 1 and (name != "generation" or pool.gpus_per_actor % 1 > 0)
+        need = "at most 1, or a whole number of GPUs of an engine"
+        yield is_wrong, f"{key}.gpus_per_actor", need, "change it, and num_actors"

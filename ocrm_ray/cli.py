@@ -34,6 +34,8 @@ RESUME = (
 
 JOBS = "so many runs at once, each with the processes and the memory of one (default 1: one Ray session for all)"
 
+ADDRESS = "of a Ray cluster, or auto for that of this machine: say what of the configuration has no place on it now"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -69,6 +71,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         text = "set a dotted key, such as policy.num_updates=20"
         command.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+        if function is _check:
+            command.add_argument("--address", metavar="HOST:PORT", help=ADDRESS)
         if function is _run:
             command.add_argument("--resume", action="store_true", help=RESUME)
         if function is _study:
@@ -91,12 +95,21 @@ def _positive(text: str) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     """resolve and validate a configuration and predict a step; touch nothing"""
-    from ocrm_ray.config_file import load_any
+    from ocrm_ray.config_file import load_any, load_run_config
     from ocrm_ray.overview import show
 
-    config = load_any(arguments.config, arguments.overrides)
+    if arguments.address is None:
+        config = load_any(arguments.config, arguments.overrides)
+        _refuse(config)
+        show(config)
+        return DONE
+    os.environ["RAY_ADDRESS"] = arguments.address  # as for the run: this machine's size plays no part
+    config = load_run_config(arguments.config, arguments.overrides)
     _refuse(config)
     show(config)
+    from actors.placement import require_room
+
+    sys.stdout.write(require_room(config.pools, arguments.address) + "\n")
     return DONE
 
 

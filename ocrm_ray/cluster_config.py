@@ -3,6 +3,7 @@
 ``ocrm_ray.config`` puts them into the tree and names them again: import from there.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+PoolName = Literal["generation", "policy", "scoring", "reward", "evaluation"]
+Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
 
 
 class Section(BaseModel):
@@ -32,6 +35,15 @@ class Pool(Section):
     cpus_per_actor: PositiveFloat = 0.1
     """Ray CPUs reserved for each actor; small, so that seven actors fit two cores."""
     gpus_per_actor: NonNegativeFloat = 0.0
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Of Ray's custom resources what each actor reserves, as ``{policy: 0.01}``: it is on a node that has them."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """What labels of Ray's nodes must be, each ``VALUE``, ``!VALUE``, ``in(A,B)`` or ``!in(A,B)``."""
+    strategy: Strategy = "pack"
+    """On few nodes, evenly over many, all on one, or each on another."""
+    colocate_with: PoolName | None = None
+    """A pool in whose placement group these actors are, by its ``strategy``, all of both or none; null: in their own.
+    For small machines, with shares of GPUs."""
     threads_per_actor: PositiveInt = 1
     """Arithmetic threads of each actor on CPU."""
     dtype: Dtype = "float32"
@@ -43,7 +55,7 @@ class Pool(Section):
 
 
 class GenerationPool(Pool):
-    """vLLM engines."""
+    """vLLM engines; one with several GPUs is spread over them (tensor parallel), all on one node."""
 
     kv_cache_gib: PositiveFloat = 1.0
     """KV cache of each engine on CPU."""
@@ -69,6 +81,24 @@ class Pools(Section):
     scoring: Pool = Pool()
     reward: RewardPool = RewardPool()
     evaluation: Pool = Pool()
+
+    def num_placed(self, name: str) -> int:
+        """Actors of a pool, with what corrections use: scoring has one more (snapshots and pair ratios), reward the
+        ranks of its refitter. Evaluation always is one."""
+        more = {"scoring": 1, "reward": self.reward.num_refit_ranks}
+        pool: Pool = getattr(self, name)
+        return 1 if name == "evaluation" else pool.num_actors + more.get(name, 0)
+
+
+class Assumed(Section):
+    """What ``check`` takes for granted of models and GPUs that are not here; without effect on a run."""
+
+    policy: Path | None = None
+    """A folder with the policy's ``config.json``, where ``sft`` names a model that is not on this machine."""
+    reward: Path | None = None
+    """The same of the reward model, where ``reward`` names one."""
+    gpu_gib: PositiveFloat = 80.0
+    """Memory of one GPU."""
 
 
 class Deadlines(Section):

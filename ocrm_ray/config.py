@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ocrm_ray.cluster_config import (
+    Assumed,
     Deadlines,
     Dtype,
     Duration,
@@ -40,7 +41,18 @@ from ocrm_ray.reward_config import (
     Weights,
 )
 
-__all__ = ["Deadlines", "Dtype", "Duration", "GenerationPool", "Lease", "Pool", "Pools", "Publish", "Rehearsal"]
+__all__ = [
+    "Assumed",
+    "Deadlines",
+    "Dtype",
+    "Duration",
+    "GenerationPool",
+    "Lease",
+    "Pool",
+    "Pools",
+    "Publish",
+    "Rehearsal",
+]
 __all__ += ["RewardPool", "Section"]
 __all__ += ["Correction", "MetaStep", "RepresentationLoss", "Reward", "RewardTraining", "SyntheticPairs", "Weights"]
 __all__ += ["ClassifierGold", "FunctionGold", "Gold", "JudgeGold", "SimilarityGold"]
@@ -319,12 +331,19 @@ class RunConfig(Section):
     lease: Lease = Lease()
     rehearsal: Rehearsal | None = None
     """Only for ``rehearse`` and ``check``; null: from an earlier run of the folder, else from arithmetic."""
+    assumed: Assumed = Assumed()
 
     @property
     def secrets(self) -> tuple[str, ...]:
         """Names of the environment variables whose values gold needs and no file or log may show."""
         gold = self.gold
         return (gold.api_key_env,) if isinstance(gold, JudgeGold) and gold.api_key_env else ()
+
+    @property
+    def by_nccl(self) -> bool:
+        """Whether engines get weights by NCCL, which needs whole GPUs."""
+        whole_gpus = min(self.pools.policy.gpus_per_actor, self.pools.generation.gpus_per_actor) >= 1
+        return self.publish.transport == "nccl" or (self.publish.transport == "auto" and whole_gpus)
 
     @property
     def run_dir(self) -> Path:

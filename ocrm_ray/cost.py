@@ -15,9 +15,8 @@ from statistics import fmean
 
 import numpy as np
 
-from ocrm_ray import praise
 from ocrm_ray.config import Dtype, Pool, RunConfig
-from ocrm_ray.machine import DTYPE_BYTES, NetworkSizes
+from ocrm_ray.memory import DTYPE_BYTES, NetworkSizes, longest
 from ocrm_ray.progress import duration_text
 from ocrm_ray.run_files import correction_windows, read_run
 
@@ -28,6 +27,8 @@ GPU_OPERATIONS_PER_S: Mapping[Dtype, float] = {"float32": 50e12, "bfloat16": 800
 DECODE_S = 0.01
 PUBLISH_BYTES_PER_S = 0.2e9
 """Saving, loading and repacking one copy of the weights."""
+NCCL_BYTES_PER_S = 5e9
+"""From the trainer's GPU to its host, back, and on to the engines' GPUs."""
 REQUEST_S = 0.05
 _ASSUMED = (
     f"assumed {UTILISATION:.0%} of {' or '.join(f'{rate / 1e9:g}' for rate in CPU_OPERATIONS_PER_S.values())} GFLOP/s "
@@ -100,13 +101,14 @@ def measured_cost(config: RunConfig) -> StepCost | None:
 def predicted_cost(config: RunConfig, sizes: NetworkSizes) -> StepCost:
     """From operation counts; the module's text has the assumptions."""
     pools, policy, rollout = config.pools, config.policy, config.rollout
-    length = rollout.max_new_tokens + prompt_tokens(config)
+    length = longest(config)
     num_samples = rollout.prompts_per_step * rollout.samples_per_prompt
     forward, reward = (2.0 * size * num_samples * length for size in (sizes.policy, sizes.reward))
     critic = reward if policy.algorithm == "ppo" else 0.0
     num_anchors = 2 if config.correction.kl_reference == "moving" else 1
     train = (forward + critic) * (1 + 3 * policy.num_epochs)
     work = {"generation": forward, "scoring": num_anchors * forward, "reward": reward, "policy": train}
+    publish_rate = NCCL_BYTES_PER_S if config.by_nccl else PUBLISH_BYTES_PER_S
     batches = -(-num_samples // (pools.generation.max_running * pools.generation.num_actors))
     worked = {name: pool for name, pool in pools if name in work}
     seconds = {name: REQUEST_S + work[name] / _speed(pool) for name, pool in worked.items()}
@@ -114,17 +116,12 @@ def predicted_cost(config: RunConfig, sizes: NetworkSizes) -> StepCost:
         "generate": seconds["generation"] + batches * rollout.max_new_tokens * DECODE_S,
         "score": max(seconds["scoring"], seconds["reward"]),
         "train": seconds["policy"],
-        "publish": REQUEST_S + DTYPE_BYTES[pools.generation.dtype] * sizes.policy / PUBLISH_BYTES_PER_S,
+        "publish": REQUEST_S + DTYPE_BYTES[pools.generation.dtype] * sizes.policy / publish_rate,
     }
     on_cpu = {name: CPU_OPERATIONS_PER_S[pool.dtype] for name, pool in worked.items() if not pool.gpus_per_actor}
     core_s = sum(work[name] / (UTILISATION * speed) for name, speed in on_cpu.items())
     step_s = max(_step_s(config, stages), core_s / (os.cpu_count() or 1))
     return StepCost(_ASSUMED, stages, step_s, *_correction_s(config, sizes, length))
-
-
-def prompt_tokens(config: RunConfig) -> int:
-    """Of the longest prompt."""
-    return config.data.max_prompt_tokens if config.world is None else praise.PROMPT_WORDS
 
 
 def _speed(pool: Pool) -> float:
@@ -147,8 +144,10 @@ def _correction_s(config: RunConfig, sizes: NetworkSizes, length: int) -> tuple[
     calibration = 2.0 * sizes.reward * config.reward.num_calibration * length
     refit = 6.0 * sizes.reward * tokens * correction.training.num_epochs + calibration
     refit *= config.reward.ensemble.num_members
-    one_refit = config.pools.reward.model_copy(update={"num_actors": config.pools.reward.num_refit_ranks})
-    return ratio / _speed(config.pools.scoring), refit / _speed(one_refit)
+    pools = config.pools
+    one_scorer = pools.scoring.model_copy(update={"num_actors": 1})
+    refit_ranks = pools.reward.model_copy(update={"num_actors": pools.reward.num_refit_ranks})
+    return ratio / _speed(one_scorer), refit / _speed(refit_ranks)
 
 
 def cost_lines(config: RunConfig, cost: StepCost) -> list[str]:

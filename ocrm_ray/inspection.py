@@ -14,8 +14,17 @@ from ocrm_ray.config_file import anchored, load_run_config
 from ocrm_ray.config_problems import shown
 from ocrm_ray.errors import Problem, UserError
 from ocrm_ray.judge import endpoint
-from ocrm_ray.machine import NetworkSizes, machine_problems
-from ocrm_ray.model_folders import ModelFacts, Role, backbone_difference, is_hub_name, read_model, shares_vocabulary
+from ocrm_ray.machine import machine_problems
+from ocrm_ray.memory import Layers, NetworkSizes, layers_of
+from ocrm_ray.model_folders import (
+    ModelFacts,
+    Role,
+    backbone_difference,
+    is_hub_name,
+    read_model,
+    read_shape,
+    shares_vocabulary,
+)
 
 _STAGE_KEYS = ("seed", "world", "data", "sft", "pairs", "gold", "reward", "rollout.max_new_tokens")
 _WITHOUT_EFFECT = (
@@ -93,12 +102,22 @@ def _read_models(config: RunConfig) -> tuple[dict[str, ModelFacts], list[Problem
             facts, found = read_model(key, name, role)
             problems += found
             models |= {key: facts} if facts else {}
+    for role, shape in (("policy", config.assumed.policy), ("reward", config.assumed.reward)):
+        if shape is not None:
+            key = f"assumed.{role}"
+            facts, found = read_shape(key, shape, "policy" if role == "policy" else "reward")
+            problems += found
+            models |= {key: facts} if facts else {}
     return models, problems
 
 
+def _trained(models: Mapping[str, ModelFacts], stage: str, assumed: str) -> ModelFacts | None:
+    """Of the model that ``sft`` or ``reward`` names, or what is assumed of it."""
+    return models.get(f"{stage}.ready") or models.get(f"{stage}.base") or models.get(f"assumed.{assumed}")
+
+
 def _model_problems(config: RunConfig, models: Mapping[str, ModelFacts]) -> Iterator[Problem]:
-    policy = models.get("sft.ready") or models.get("sft.base")
-    reward = models.get("reward.ready") or models.get("reward.base")
+    policy, reward = _trained(models, "sft", "policy"), _trained(models, "reward", "reward")
     num_new, correction = config.rollout.max_new_tokens, config.correction
     for key, facts in models.items():
         reads_whole = key not in ("gold.model", CLUSTERER)
@@ -180,14 +199,24 @@ def _sizes(config: RunConfig, models: Mapping[str, ModelFacts]) -> NetworkSizes 
     if config.world is not None:
         vocabulary = len(praise.VOCABULARY)
         policy, reward = (
-            num_layers * (4 * width**2 + 3 * width * 4 * width) + vocabulary * width
+            Layers(num_layers, width, width, width, 4 * width, width // praise.HEAD_DIM)
             for num_layers, width in ((2, config.world.policy_hidden_size), (1, config.world.reward_hidden_size))
         )
-        return NetworkSizes(policy, reward, vocabulary)
-    sft = models.get("sft.ready") or models.get("sft.base")
+        sizes = (of.num_layers * (4 * of.hidden**2 + 3 * of.hidden * of.intermediate) for of in (policy, reward))
+        of_policy, of_reward = (size + vocabulary * of.hidden for size, of in zip(sizes, (policy, reward), strict=True))
+        return NetworkSizes(of_policy, of_reward, vocabulary, 0, policy, reward)
+    sft = _trained(models, "sft", "policy")
     is_named = config.reward.ready or config.reward.base
-    rm = models.get("reward.ready") or models.get("reward.base") if is_named else sft
+    rm = _trained(models, "reward", "reward") if is_named else sft
     if sft is None or rm is None:
         return None
-    gold = models.get("gold.model")
-    return NetworkSizes(sft.num_parameters, rm.num_parameters, sft.vocab_size, gold.num_parameters if gold else 0)
+    gold, layers = models.get("gold.model"), layers_of(sft.settings)
+    return NetworkSizes(
+        sft.num_parameters,
+        rm.num_parameters,
+        sft.vocab_size,
+        gold.num_parameters if gold else 0,
+        layers,
+        layers_of(rm.settings),
+        sft.vocab_size * layers.hidden if layers and sft.settings.get("tie_word_embeddings") else 0,
+    )

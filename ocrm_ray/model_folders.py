@@ -92,6 +92,23 @@ def _read_folder(where: str, name: str, role: Role) -> tuple[ModelFacts | None, 
     return facts, problems
 
 
+def read_shape(where: str, folder: Path, role: Role) -> tuple[ModelFacts | None, list[Problem]]:
+    """As ``read_model`` of a folder that may hold a ``config.json`` alone: parameters are counted without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForCausalLM if role == "policy" else AutoModelForSequenceClassification
+    try:
+        settings = _read_json(folder / "config.json")
+        with torch.device("meta"):
+            network = kind.from_config(AutoConfig.from_pretrained(folder, num_labels=1, local_files_only=True))
+        num_parameters = sum(parameter.numel() for parameter in network.parameters())
+        return ModelFacts(folder, settings, num_parameters), []
+    except (OSError, AttributeError, LookupError, TypeError, ValueError) as error:
+        got = f"{shown(str(folder))} ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+        return None, [Problem(where, got, "a folder with the config.json of such a model", "correct it")]
+
+
 def _count_parameters(folder: Path) -> tuple[int, str]:
     """Parameters of the safetensors files (their headers are read), and what is wrong with them in words."""
     from safetensors import SafetensorError, safe_open

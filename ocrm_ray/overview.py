@@ -1,4 +1,4 @@
-"""What ``ocrm-ray check`` shows: the resolved tree, the pools, the predicted step. Reads only."""
+"""What ``ocrm-ray check`` shows: the resolved tree, pools, memory, the predicted step. Reads only."""
 
 from typing import TYPE_CHECKING
 
@@ -7,6 +7,7 @@ from ocrm_ray.config_file import dump_yaml, study_runs
 from ocrm_ray.cost import cost_lines, step_cost
 from ocrm_ray.inspection import network_sizes
 from ocrm_ray.machine import memory_gib
+from ocrm_ray.memory import memory_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,12 +40,14 @@ def _show_pools(console: "Console", config: RunConfig) -> None:
     sizes = network_sizes(config)
     memory = {} if sizes is None else memory_gib(config, sizes)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("pool", "actors", "CPUs", "GPUs", "dtype", "memory"):
+    for column in ("pool", "actors", "CPUs", "GPUs", "dtype", "host memory"):
         table.add_column(column, justify="left" if column in ("pool", "dtype") else "right")
     for name, pool in config.pools:
-        cpus, gpus = pool.num_actors * pool.cpus_per_actor, pool.num_actors * pool.gpus_per_actor
+        num_placed = config.pools.num_placed(name)
+        cpus, gpus = num_placed * pool.cpus_per_actor, num_placed * pool.gpus_per_actor
         taken = f"{memory[name]:.1f} GiB" if memory else "?"
-        table.add_row(name, str(pool.num_actors), f"{cpus:g}", f"{gpus:g}", pool.dtype, taken)
+        table.add_row(name, str(num_placed), f"{cpus:g}", f"{gpus:g}", pool.dtype, taken)
     cost = step_cost(config, sizes)
     unknown = ["predicted step: not known, a model is not on this machine and no earlier run is in the run folder"]
-    console.print(table, *(cost_lines(config, cost) if cost else unknown), sep="\n")
+    lines = memory_lines(config, sizes) if sizes else []
+    console.print(table, *lines, *(cost_lines(config, cost) if cost else unknown), sep="\n")

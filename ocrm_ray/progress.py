@@ -26,6 +26,7 @@ class ProgressState:
     proxy: float | None = None
     gold: float | None = None
     kl: float | None = None  # from the SFT model, nats a response
+    note: str = ""  # what it waits for
 
     @property
     def title(self) -> str:
@@ -37,9 +38,10 @@ class ProgressState:
 
     @property
     def figures(self) -> str:
-        """Proxy, gold and KL as far as they are known."""
+        """Proxy, gold and KL as far as they are known, and the note."""
         named = (("proxy", self.proxy), ("gold", self.gold), ("KL", self.kl))
-        return "  ".join(f"{name} {value:.2f}" for name, value in named if value is not None)
+        figures = [f"{name} {value:.2f}" for name, value in named if value is not None]
+        return "  ".join([*figures, *([self.note] if self.note else [])])
 
 
 class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):

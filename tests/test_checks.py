@@ -64,6 +64,8 @@ def test_sound_configurations_have_no_problems() -> None:
 BIASED = "with correction.strategy ocrm: the ratio of truncated sampling is biased"
 BLOCKING = "need nothing with schedule blocking: it promotes before the next update: remove it"
 BESIDE_WORLD = "need nothing beside world: remove it, or remove world"
+ANOTHER_POOL = "need another pool, with a placement group of its own: name another"
+WHOLE_GPUS = "need at most 1, or a whole number of GPUs of an engine: change it, and num_actors"
 DETERMINISTIC = "deterministic=true pools.generation.max_running=1 rollout.max_staleness=0 correction.promote_after=3"
 CONTRADICTIONS = {
     "sft.ready=a/b": f'sft.ready: got "a/b", {BESIDE_WORLD}',
@@ -153,6 +155,17 @@ CONTRADICTIONS = {
     "need at least 2: one member has no variance: raise it, or change the aggregate",
     "correction.strategy=shuffled rollout.top_p=0.9": f"rollout.top_p: got 0.9, "
     f"need 1 {BIASED.replace('ocrm', 'shuffled')}: set it to 1, or use strategy refit",
+    "pools.policy.colocate_with=policy": f'pools.policy.colocate_with: got "policy", {ANOTHER_POOL}',
+    "pools.policy.colocate_with=reward pools.reward.colocate_with=scoring": "pools.policy.colocate_with: "
+    f'got "reward", {ANOTHER_POOL}',
+    "pools.policy.colocate_with=reward pools.policy.strategy=spread": 'pools.policy.strategy: got "spread", '
+    "need pack beside colocate_with: the strategy of reward counts: remove it",
+    "pools.policy.resources.GPU=1": 'pools.policy.resources: got {"GPU": 1.0}, need custom resources: '
+    "use cpus_per_actor and gpus_per_actor for others",
+    "pools.reward.labels.zone=in()": 'pools.reward.labels: got {"zone": "in()"}, '
+    "need VALUE, !VALUE, in(A,B) or !in(A,B) for each: correct it",
+    "pools.scoring.gpus_per_actor=2": f"pools.scoring.gpus_per_actor: got 2.0, {WHOLE_GPUS}",
+    "pools.generation.gpus_per_actor=1.5": f"pools.generation.gpus_per_actor: got 1.5, {WHOLE_GPUS}",
     "pools.evaluation.num_actors=2": "pools.evaluation.num_actors: got 2, need 1: one actor evaluates: remove it",
     f"{DETERMINISTIC} pools.reward.dtype=bfloat16": 'pools.reward.dtype: got "bfloat16", '
     "need float32 with deterministic: true: change it",
@@ -229,6 +242,9 @@ def test_a_contradiction_without_the_world_is_told(overrides: str) -> None:
         "policy.kl_placement=loss policy.kl_coefficient=0",
         "correction.promote_after=3",
         "policy.num_minibatches=128",
+        "pools.generation.gpus_per_actor=4 pools.policy.gpus_per_actor=1 pools.policy.num_actors=4",
+        "pools.policy.colocate_with=generation pools.generation.strategy=strict_pack",
+        "pools.policy.resources.policy=0.01 pools.policy.labels.zone='!in(a,b)' pools.policy.labels.kind=gpu",
         "rollout.straggler=reissue",
         DETERMINISTIC,
         f"{DETERMINISTIC} correction.promote_after=null correction.schedule=blocking",
@@ -472,14 +488,14 @@ def test_asking_for_more_than_the_machine_has_is_told() -> None:
     do = "lower cpus_per_actor or num_actors, or set RAY_ADDRESS to a cluster"
     gpu_do = "lower gpus_per_actor, or set RAY_ADDRESS to a cluster"
     assert lines(inspect(config_of(WORLD, "pools.policy.cpus_per_actor=4"))) == [
-        "pools: got 4.4 CPUs (generation 0.1, policy 4, scoring 0.1, reward 0.1, evaluation 0.1), "
+        "pools: got 4.6 CPUs (generation 0.1, policy 4, scoring 0.2, reward 0.2, evaluation 0.1), "
         f"need at most 4 (this machine's): {do}"
     ]
     assert lines(inspect(config_of(WORLD, "pools.policy.gpus_per_actor=0.5", "pools.reward.gpus_per_actor=1"))) == [
-        f"pools: got 1.5 GPUs (policy 0.5, reward 1), need at most 0 (this machine's): {gpu_do}"
+        f"pools: got 2.5 GPUs (policy 0.5, reward 2), need at most 0 (this machine's): {gpu_do}"
     ]
     assert lines(inspect(config_of(WORLD, "pools.generation.kv_cache_gib=100"))) == [
-        "pools: got 105.01 GiB of memory (generation 102.5, policy 0.5, scoring 0.5, reward 0.5, evaluation 0.5, "
+        "pools: got 106.27 GiB of memory (generation 102.5, policy 0.61, scoring 1.08, reward 1.08, evaluation 0.5, "
         "ray 0.5), need at most 32 (this machine's): "
         "use smaller models, bfloat16, fewer actors, a smaller kv_cache_gib"
     ]
@@ -494,13 +510,14 @@ def test_memory_follows_its_formula() -> None:
     overrides = ["pools.scoring.num_actors=2", "pools.scoring.dtype=bfloat16", "policy.algorithm=ppo"]
     config = config_of(WORLD, *overrides, "policy.micro_batch_tokens=10")
     memory = memory_gib(config, NetworkSizes(policy=GIB, reward=GIB // 2, vocabulary=1000))
-    logits = 2 * 4 * 10 * 1000 / GIB
+    longest = 4 + 64  # words of a prompt, rollout.max_new_tokens: such a sequence goes alone
+    logits, scoring_logits, exports = 2 * 4 * longest * 1000 / GIB, 4 * 16384 * 1000 / GIB, 2 * 4
     assert memory == pytest.approx(
         {
             "generation": 2.5 + 3 * 4 + 1,
-            "policy": 0.5 + 16 * 1.5 + logits,
-            "scoring": 2 * (0.5 + 3 * 2),
-            "reward": 0.5 + 3 * 4 * 0.5 + 16 * 0.5,
+            "policy": 0.5 + 16 * 1.5 + logits + exports,
+            "scoring": 2 * (0.5 + 2 + scoring_logits) + (0.5 + 2 * 2 + scoring_logits),
+            "reward": (0.5 + 2 * 4 * 0.5) + (0.5 + 16 * 0.5),
             "evaluation": 0.5,
             "ray": 0.5,
         }

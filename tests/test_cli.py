@@ -12,7 +12,7 @@ import yaml
 from model_files import write_model, write_reward_model
 
 from ocrm_ray.cli import main
-from ocrm_ray.config import RunConfig, StudyConfig
+from ocrm_ray.config import Pools, RunConfig, StudyConfig
 from ocrm_ray.errors import DeadlineError, Problem, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -303,7 +303,7 @@ def test_check_prints_tree_pools_and_step_and_touches_nothing(
     out, err = capsys.readouterr()
     tree, pools = out.split("\n\n", 1)
     assert RunConfig.model_validate(yaml.safe_load(tree)).policy.num_updates == 20
-    assert [line.split()[:3] for line in pools.splitlines() if line.startswith(" scoring")] == [["scoring", "3", "0.3"]]
+    assert [line.split()[:3] for line in pools.splitlines() if line.startswith(" scoring")] == [["scoring", "4", "0.4"]]
     assert "predicted step: " in pools
     assert "predicted run: 20 updates" in pools
     assert err == ""
@@ -326,6 +326,29 @@ def test_check_says_when_a_model_is_elsewhere(workplace: Path, capsys: pytest.Ca
     assert "predicted step: not known, a model is not on this machine" in capsys.readouterr().out
     assert main(["check", "run.yaml", *overrides, "sft.ready=model", "reward.ready=rm"]) == 0
     assert "predicted step: not known" not in capsys.readouterr().out
+
+
+def test_check_asks_the_cluster_at_an_address_for_room_and_tells_every_pool_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def require_room(pools: Pools, address: str) -> str:
+        asked.append((pools.policy.num_actors, address))
+        if pools.policy.num_actors > 2:
+            raise UserError([Problem("pools.policy", "3 actors (pack)", "room: none", "wait")])
+        return "placement: free"
+
+    placement = ModuleType("actors.placement")
+    placement.require_room = require_room  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "actors.placement", placement)
+    assert main(["check", "run.yaml", "--address", "auto", "pools.policy.num_actors=2"]) == 0
+    assert capsys.readouterr().out.endswith("placement: free\n")
+    assert main(["check", "run.yaml", "pools.policy.num_actors=3", "--address=h:6379"]) == 2
+    assert capsys.readouterr().err == "pools.policy: got 3 actors (pack), need room: none: wait\n"
+    assert asked == [(2, "auto"), (3, "h:6379")]
+    assert main(["check", "run.yaml"]) == 0
+    assert len(asked) == 2
 
 
 def test_report_rebuilds_a_run_and_a_study(

@@ -8,7 +8,7 @@ import pytest
 
 from ocrm_ray.config import Rehearsal, RunConfig
 from ocrm_ray.cost import UTILISATION, StepCost, cost_lines, measured_cost, predicted_cost, rehearsed_cost, step_cost
-from ocrm_ray.machine import NetworkSizes
+from ocrm_ray.memory import NetworkSizes
 
 SIZES = NetworkSizes(policy=10**9, reward=10**8, vocabulary=50)
 
@@ -82,6 +82,30 @@ def test_a_correction_costs_its_ratios_and_its_refit() -> None:
     unweighted = predicted_cost(config_of(correction={"num_pairs": 100, "strategy": "refit"}), SIZES)
     assert unweighted.ratio_s == 0
     assert predicted_cost(config_of(correction={"strategy": "none"}), SIZES).refit_s is None
+
+
+def test_one_actor_of_a_pool_does_the_work_of_a_correction() -> None:
+    costs = [
+        predicted_cost(config_of(pools={"scoring": {"num_actors": num}, "reward": {"num_actors": num}}), SIZES)
+        for num in (1, 4)
+    ]
+    assert (costs[0].ratio_s, costs[0].refit_s) == (costs[1].ratio_s, costs[1].refit_s)
+    assert costs[0].stage_s["score"] > costs[1].stage_s["score"]
+
+
+def test_a_refit_is_as_much_faster_as_it_has_ranks() -> None:
+    costs = [predicted_cost(config_of(pools={"reward": {"num_refit_ranks": num}}), SIZES) for num in (1, 4)]
+    assert costs[1].refit_s == pytest.approx((costs[0].refit_s or 0.0) / 4)
+    assert (costs[0].ratio_s, costs[0].stage_s) == (costs[1].ratio_s, costs[1].stage_s)
+
+
+def test_weights_between_whole_gpus_go_faster_than_through_files() -> None:
+    pools = {"policy": {"gpus_per_actor": 1}, "generation": {"gpus_per_actor": 1}}
+    by_nccl, by_files = (
+        predicted_cost(config_of(pools=pools, publish={"transport": transport}), SIZES).stage_s["publish"]
+        for transport in ("auto", "object_store")
+    )
+    assert (by_nccl, by_files) == (pytest.approx(0.05 + 4e9 / 5e9), pytest.approx(0.05 + 4e9 / 0.2e9))
 
 
 COST = StepCost("assumed", {"generate": 1.0, "train": 2.0}, step_s=2.0, ratio_s=15.0, refit_s=10.0)

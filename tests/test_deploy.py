@@ -14,8 +14,8 @@ import yaml
 from custom_resources import CRDS, ROOT, Tree, at, mistakes, schema
 from ray._private.runtime_env.packaging import create_package
 
+from actors.placement import plan_bundles
 from actors.ray_metrics import FIGURES, PARTS, RUN
-from actors.ray_pool import plan_bundles
 from ocrm_ray.cli import _parse
 from ocrm_ray.config import RunConfig
 from ocrm_ray.config_file import load_any, study_runs

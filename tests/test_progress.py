@@ -99,3 +99,8 @@ def test_a_terminal_shows_a_bar_a_stage_and_the_figures() -> None:
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+def test_what_a_stage_waits_for_is_shown_behind_its_figures() -> None:
+    lines = plain(Clock(), (0.0, rl(0)), (10.0, rl(0, gold=1.0, note="waiting: pool policy")))
+    assert lines[-1].endswith("gold 1.00  waiting: pool policy")

@@ -13,11 +13,13 @@ import ray
 from dummy_actors import DIE, FAIL, HANG, UNSENDABLE
 from ray.util import placement_group_table
 
+from actors import placement
 from actors.generation_group import RayGenerationPool
 from actors.groups import PAIR_CHUNK, RayPolicyPool, RayRewardPool, RayScoringPool, split_evenly
+from actors.placement import GroupRequest, Slot, alone, log_wait, plan_groups, shares
 from actors.remote_actor import ActorSpec
 from actors.session import LOOPBACK, log_folder, ray_session
-from ocrm_ray.config import Deadlines
+from ocrm_ray.config import Deadlines, Pool, Pools, RewardPool
 from ocrm_ray.errors import ActorDiedError, DeadlineError, Problem, RunError, UserError
 from ocrm_ray.records import GenerationRequest, PolicyWeights, Prompt, RefitReport, RefitRequest, Sequence
 
@@ -310,12 +312,63 @@ def test_an_actor_that_cannot_start_says_why_and_leaves_nothing(runner):
     assert placed_groups("policy") == before
 
 
-def test_a_pool_that_finds_no_place_says_what_is_missing_and_leaves_the_queue(runner):
-    before = placed_groups("reward")
+def test_a_pool_that_finds_no_place_says_what_is_missing_and_leaves_the_queue(runner, monkeypatch):
+    monkeypatch.setattr(placement, "_REPORT_S", 0.05)
+    before, told = placed_groups("reward"), []
     spec = ActorSpec("reward-0", "dummy_actors:DummyRefitter", (), 1)
-    with pytest.raises(DeadlineError, match=r"pool reward .* asked for 1 bundles \(0.1 CPU, 5 GPU\).* 0 of 0 GPU"):
-        runner.run(RayRewardPool.start([spec], [{"CPU": 0.1, "GPU": 5}], Deadlines(start_s=0.2)))
+    share = alone("reward", [{"CPU": 0.1, "GPU": 5}], lambda *wait: told.append(wait))
+    with pytest.raises(DeadlineError, match=r"pool reward .* 1 x 0.1 CPU \+ 5 GPU find no node .* 0 of 0 GPU left"):
+        runner.run(RayRewardPool.start_in(share, [spec], Deadlines(start_s=0.5)))
     assert placed_groups("reward") == before
+    assert "0 of 0 GPU left" in told[0][1]
+    assert told[-1] == ("reward", None)
+
+
+def test_the_clusters_nodes_are_read_with_what_is_free(runner, policy):
+    (node,) = placement.live_nodes()
+    assert node.total["CPU"] == ray.cluster_resources()["CPU"] > node.free["CPU"]
+    assert node.labels["ray.io/node-id"] == ray.nodes()[0]["NodeID"]
+    assert placement.cluster_problems(Pools(), [node]) == []
+    (problem,) = placement.cluster_problems(Pools(policy=Pool(resources={"policy": 0.01})), [node])
+    assert "0 of 0 policy left" in problem.need
+
+
+def test_a_node_with_another_label_is_not_taken(runner):
+    (node,) = ray.nodes()
+    slot = Slot("reward", BUNDLE, {"ray.io/node-id": f"!{node['NodeID']}"})
+    spec = ActorSpec("reward-0", "dummy_actors:DummyRefitter", (), 1)
+    share = shares([GroupRequest("reward", (slot,))], log_wait)["reward"]
+    with pytest.raises(DeadlineError, match=r"1 x 0.1 CPU .*label ray.io/node-id is"):
+        runner.run(RayRewardPool.start_in(share, [spec], Deadlines(start_s=0.5)))
+
+
+def test_colocated_pools_are_in_one_group_until_the_last_closes_and_a_new_actor_is_in_the_old_bundle(
+    runner,
+):
+    settings = Pools(
+        policy=Pool(num_actors=2, strategy="strict_pack"), reward=RewardPool(cpus_per_actor=0.2, colocate_with="policy")
+    )
+    before, found = len(placed_groups("policy")), shares(plan_groups(settings), log_wait)
+    policy = [ActorSpec(f"policy-{rank}", "dummy_actors:DummyPolicy", (rank,), 1) for rank in range(2)]
+    reward = [ActorSpec(f"reward-{name}", f"dummy_actors:Dummy{name}", (), 1) for name in ("RewardServer", "Refitter")]
+
+    async def play():
+        first, second = await asyncio.gather(
+            RayPolicyPool.start_in(found["policy"], policy, DEADLINES),
+            RayRewardPool.start_in(found["reward"], reward, DEADLINES),
+        )
+        groups = placed_groups("policy")
+        second.actors[1].replace()
+        await second.actors[1].start(DEADLINES.start_s)
+        await first.close()
+        still = placed_groups("policy")
+        report = await second.refit(RefitRequest(1, np.arange(3), None, seed=0))
+        await second.close()
+        return len(groups), len(still), report.reward_version
+
+    assert placed_groups("reward") == []
+    assert runner.run(play()) == (before + 1, before + 1, 1)
+    assert len(placed_groups("policy")) == before
 
 
 def test_an_actor_gets_its_threads_and_the_token_but_no_log_does(runner, session, policy, tmp_path):

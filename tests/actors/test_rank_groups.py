@@ -2,14 +2,17 @@
 
 import asyncio
 import os
+from pathlib import Path
 
 import pytest
 
+from actors import placement, ray_cluster, ray_pool
 from actors.groups import RayPolicyPool, RayRewardPool
 from actors.ray_pool import together
 from actors.remote_actor import ActorHost, ActorSpec, ranks_of
 from ocrm_ray.config import Deadlines, RunConfig
 from ocrm_ray.errors import ActorDiedError, RunError
+from ocrm_ray.records import RefitReport
 
 
 class Rank:
@@ -119,14 +122,63 @@ def test_a_rank_finds_in_its_environment_who_it_is_and_where_the_others_are(monk
     assert host.call("look", ()) == expected
 
 
-def test_roles_and_ranks_of_trainers_follow_the_pools(tmp_path, monkeypatch):
-    from actors import ray_cluster
-
-    pools = {"policy": {"num_actors": 3}, "reward": {"num_actors": 2, "num_refit_ranks": 2}}
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Its policy's ranks are placed behind the servers and the refit's ranks."""
+    pools = {
+        "policy": {"num_actors": 3, "colocate_with": "reward"},
+        "reward": {"num_actors": 2, "num_refit_ranks": 2},
+    }
     config = RunConfig.model_validate({"name": "test", "output_dir": tmp_path, "pools": pools})
     monkeypatch.setattr(ray_cluster, "_num_nodes", lambda: 1)
-    cluster = ray_cluster.RayCluster(config, tmp_path, lambda kind, figures: None, None)
+    return ray_cluster.RayCluster(config, tmp_path, lambda kind, figures: None, None)
+
+
+def test_roles_and_ranks_of_trainers_follow_the_pools(cluster):
     specs = {pool: [(s.role, s.rank, s.num_ranks) for s in cluster._specs(pool)] for pool in ("policy", "reward")}
     assert specs["policy"] == [("policy-0", 0, 3), ("policy-1", 1, 3), ("policy-2", 2, 3)]
     assert specs["reward"] == [("reward-0", 0, 1), ("reward-1", 0, 1), ("refit-0", 0, 2), ("refit-1", 1, 2)]
-    assert [len(cluster.bundles[pool]) for pool in ("policy", "reward")] == [3, 4]
+    bundles = placement.plan_bundles(cluster.config.pools)
+    assert {pool: len(bundles[pool]) for pool in specs} == {pool: len(found) for pool, found in specs.items()}
+
+
+class Trainee(Rank):
+    """Stands in for a rank of a stage; rank 0 is watched."""
+
+    async def watch(self, method, tell, deadline_s):
+        tell((1, 2))
+        return await self.call(method, deadline_s=None)
+
+    def kill(self):
+        self.told.append("killed")
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "roles", "bundles"),
+    [
+        ("sft", "train", ["sft-0", "sft-1", "sft-2"], [4, 5, 6]),
+        ("reward", "fit_first", ["reward-0", "reward-1"], [0, 1]),
+    ],
+)
+def test_a_stage_trains_on_all_ranks_in_the_place_of_their_pool(cluster, monkeypatch, stage, method, roles, bundles):
+    trainees, places, groups, shown = [], [], [], []
+
+    async def place(request, deadline_s, tell):
+        groups.append(request.name)
+        return request.name
+
+    def spawn(spec, where):
+        places.append((where.group, where.bundle))
+        trainees.append(Trainee(spec.role, spec.rank, spec.num_ranks, [RefitReport(1, Path(), 0.0, 1.0, 0.5)]))
+        return trainees[-1]
+
+    monkeypatch.setattr(placement, "place", place)
+    monkeypatch.setattr(placement, "remove_placement_group", groups.remove)
+    monkeypatch.setattr(ray_pool, "RemoteActor", spawn)
+    asyncio.run(getattr(cluster, f"train_{stage}")(shown.append))
+    assert [trainee.role for trainee in trainees] == roles
+    assert places == [("reward", bundle) for bundle in bundles]
+    for trainee in trainees:
+        assert trainee.told == [("start", ("node", 1234)), method, f"{method} done", "killed"]
+    assert [(state.stage, state.done, state.total) for state in shown] == [(stage, 1, 2)]
+    assert groups == []

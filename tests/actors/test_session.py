@@ -6,14 +6,14 @@ import sys
 import psutil
 import pytest
 
-from actors.session import ray_session
+from actors.session import connection, ray_session
 from ocrm_ray.errors import UserError
 
 HANGING_RUN = """
 import asyncio
 from actors.groups import RayPolicyPool
 from actors.remote_actor import ActorSpec
-from actors.session import ray_session
+from actors.session import connection, ray_session
 from dummy_actors import HANG
 from ocrm_ray.config import Deadlines
 
@@ -65,6 +65,12 @@ def test_a_terminated_run_leaves_no_process_and_no_shared_memory():
 def test_a_ray_address_without_a_cluster_is_the_users_error(monkeypatch, address, message):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=message), ray_session("test"):
+        pass
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:8265"])
+def test_an_address_to_check_without_a_cluster_is_the_users_error(address):
+    with pytest.raises(UserError, match=r"RAY_ADDRESS: got .*, need"), connection(address):
         pass
 
 
