@@ -75,6 +75,7 @@ class RewardFit:
             max_grad_norm=training.max_grad_norm,
             dtype=dtype,
             weight_decay=training.weight_decay,
+            zero_stage=self.config.refit_zero_stage,
         )
         self._engine = TrainingEngine(model, settings)
         self._rng = np.random.default_rng([self.seed, 5])

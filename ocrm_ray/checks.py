@@ -123,8 +123,8 @@ def _strategy(config: RunConfig) -> Checks:
     need = f"at least 2: correction.strategy {strategy} learns from what a prompt's responses differ in"
     is_wrong = learns_from_rollouts and config.rollout.samples_per_prompt < 2
     yield is_wrong, "rollout.samples_per_prompt", need, "raise it, or use another strategy"
-    is_wrong = strategy in ("metarm", "rlp_uml") and config.policy.zero_stage == 3
-    yield is_wrong, "policy.zero_stage", f"0 to 2 with correction.strategy {strategy}", "lower it"
+    is_wrong = strategy in ("metarm", "rlp_uml") and config.refit_zero_stage == 3
+    yield is_wrong, _refit_stage(config), f"0 to 2 with correction.strategy {strategy}", "lower it"
     is_wrong = strategy == "relabel" and config.gold is None and config.world is None
     yield is_wrong, "correction.strategy", "a gold reward for fresh labels", "set gold, or use another strategy"
     need, do = "a model for clusterer nli", "name it, or use another clusterer"
@@ -144,6 +144,11 @@ def _strategy(config: RunConfig) -> Checks:
     yield is_wrong, "reward.ensemble.num_members", need, "raise it, or change the aggregate"
 
 
+def _refit_stage(config: RunConfig) -> str:
+    """The key that says it."""
+    return "policy.zero_stage" if config.pools.reward.refit_zero_stage is None else "pools.reward.refit_zero_stage"
+
+
 def _policy(config: RunConfig) -> Checks:
     policy, rollout = config.policy, config.rollout
     need = f"at least 2 for {policy.algorithm}, which compares the samples of a prompt"
@@ -155,7 +160,8 @@ def _policy(config: RunConfig) -> Checks:
     yield is_online and num_samples % policy.num_minibatches > 0, "policy.num_minibatches", need, do
     least = {"none": 0, "optimizer": 1, "all": 3}[policy.offload]
     need = f"at least {least} with policy.offload {policy.offload}"
-    yield policy.zero_stage < least, "policy.zero_stage", need, "raise it, or change policy.offload"
+    for key, stage in {_refit_stage(config): config.refit_zero_stage, "policy.zero_stage": policy.zero_stage}.items():
+        yield stage < least, key, need, "raise it, or change policy.offload"
     pools = config.pools
     for name, pool, num_ranks in (
         ("policy", pools.policy, pools.policy.num_actors),

@@ -70,6 +70,8 @@ class RewardPool(Pool):
 
     num_refit_ranks: PositiveInt = 1
     """Ranks that train a reward model together, each an actor like the servers."""
+    refit_zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """DeepSpeed ZeRO stage of these ranks; null: ``policy.zero_stage``."""
 
 
 class Pools(Section):

@@ -220,7 +220,7 @@ class Policy(Section):
     max_grad_norm: PositiveFloat = 1.0
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """DeepSpeed ZeRO stage of policy, critic and refit."""
+    """DeepSpeed ZeRO stage of policy and critic, and of a refit unless ``pools.reward`` has its own."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Of what ``zero_stage`` spreads, keep the optimiser's states, or ``all`` with the weights, in host memory."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -338,6 +338,12 @@ class RunConfig(Section):
         """Names of the environment variables whose values gold needs and no file or log may show."""
         gold = self.gold
         return (gold.api_key_env,) if isinstance(gold, JudgeGold) and gold.api_key_env else ()
+
+    @property
+    def refit_zero_stage(self) -> int:
+        """DeepSpeed ZeRO stage at which reward models are trained."""
+        own = self.pools.reward.refit_zero_stage
+        return self.policy.zero_stage if own is None else own
 
     @property
     def by_nccl(self) -> bool:

@@ -233,7 +233,7 @@ def _rewards(config: RunConfig, sizes: NetworkSizes) -> list[Rank]:
         "activations": _scoring_pass(config, pool, sizes.reward_layers),
     }
     micro = _pass_tokens(training.micro_batch_tokens, training.micro_batch_size * pairs, pairs)
-    shared = config.policy.zero_stage, pool.num_refit_ranks, config.policy.gradient_checkpointing
+    shared = config.refit_zero_stage, pool.num_refit_ranks, config.policy.gradient_checkpointing
     refit = Training(pool.dtype, *shared, micro).parts(sizes.reward, sizes.reward_layers)
     ranks = [Rank("reward server", "reward", pool.num_actors, server)]
     if config.correction.strategy != "none" or config.reward.ready is None:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -66,12 +66,16 @@ WORLD = {
 
 
 class Nodes:
-    """A cluster of raylets on loopback for drivers to connect to; of none, a driver starts its own Ray."""
+    """A cluster of raylets on loopback for drivers to connect to; of none, a driver starts its own Ray.
 
-    def __init__(self, folder: Path, num_nodes: int) -> None:
+    ``resources``: what each node has beside its CPUs.
+    """
+
+    def __init__(self, folder: Path, resources: Sequence[dict[str, float]]) -> None:
         self.environment: dict[str, str] = {}
+        self._resources = resources
         self._started: list[Any] = []
-        if not num_nodes:
+        if not resources:
             return
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ.update(token | {"RAY_TMPDIR": str(folder)})  # Ray reads them when it is imported
@@ -81,8 +85,8 @@ class Nodes:
 
         ray_constants.ENABLE_RAY_CLUSTER = False  # as actors.session: else 127.0.0.1 becomes another address
         self._cluster = Cluster()
-        for _ in range(num_nodes):
-            self._add()
+        for of_node in resources:
+            self._add(of_node)
         self.environment = token | {"RAY_ADDRESS": self._cluster.address}
 
     @property
@@ -93,15 +97,25 @@ class Nodes:
     def replace_last(self) -> None:
         """SIGKILL for the newest raylet and all its processes; then a node like it."""
         end(tree(self.raylets[-1]))
-        self._add()
+        self._add(self._resources[-1])
+
+    def actors(self) -> list[tuple[str, dict[str, float]]]:
+        """Every actor that there was, by Ray's own state: its role, and the resources of its node."""
+        from ray.core.generated.gcs_pb2 import ActorTableData
+
+        state = self._cluster.global_state
+        nodes = {node["NodeID"]: node["Resources"] for node in state.node_table()}
+        table = [ActorTableData.FromString(row) for row in state.global_state_accessor.get_actor_table(None, None)]
+        return [(actor.repr_name, nodes[actor.address.node_id.hex()]) for actor in table]
 
     def stop(self) -> None:
         for node in reversed(self._started):
             node.kill_all_processes(check_alive=False, allow_graceful=False)
 
-    def _add(self) -> None:
+    def _add(self, resources: dict[str, float]) -> None:
+        settings = {"num_cpus": 2, "node_ip_address": LOOPBACK, "resources": resources}
         head = {} if self._started else {"include_dashboard": False}
-        self._started.append(self._cluster.add_node(num_cpus=2, node_ip_address=LOOPBACK, **head))
+        self._started.append(self._cluster.add_node(**settings, **head))
 
 
 @dataclass
@@ -246,19 +260,38 @@ def gold_of(run_dir: Path) -> float:
 
 
 @contextlib.contextmanager
-def driven(folder: Path, name: str, config: dict[str, Any], num_nodes: int) -> Iterator[Driver]:
-    """A driver over its nodes; at the end nothing of either is left."""
+def driven(folder: Path, name: str, config: dict[str, Any], nodes: Sequence[dict[str, float]] = ()) -> Iterator[Driver]:
+    """A driver over nodes with these resources; at the end nothing of either is left."""
     path = folder / f"{name}.yaml"
     tree_ = config | {"name": name, "output_dir": str(folder / "runs"), "stages_dir": str(folder / "stages")}
     path.write_text(yaml.safe_dump(tree_))
     with tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp") as short:  # sockets have short paths
-        nodes = Nodes(Path(short), num_nodes)
-        driver = Driver(path, folder / "runs" / name, nodes)
+        cluster = Nodes(Path(short), nodes)
+        driver = Driver(path, folder / "runs" / name, cluster)
         try:
             yield driver
         finally:
             end(driver.processes())
-            nodes.stop()
+            cluster.stop()
+
+
+def calm_golds(folder: Path, config: dict[str, Any], num_runs: int) -> list[float]:
+    """Gold at the end of undisturbed runs on one node, those that are there already not run again."""
+    golds = []
+    for number in range(num_runs):
+        with driven(folder, f"calm-{number}", config) as driver:
+            disturb(driver, [], every=1)
+            golds.append(gold_of(driver.run_dir))
+    return golds
+
+
+def unlike(gold: float, golds: Sequence[float]) -> list[str]:
+    """What is wrong with gold if it is not within Student's interval, 95 %, of one more run like the others."""
+    if len(golds) < 2:
+        return []
+    spread = student_quantile(len(golds) - 1) * stdev(golds) * (1 + 1 / len(golds)) ** 0.5
+    print(f"gold {gold:.3f}; others {fmean(golds):.3f} +- {spread:.3f}: {[round(each, 3) for each in golds]}")
+    return [f"gold {gold:.3f} is not like that of the others"] if abs(gold - fmean(golds)) > spread else []
 
 
 def draw_roles(num_kills: int, num_nodes: int, seed: int) -> list[str]:
@@ -281,12 +314,8 @@ def main() -> int:
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     config = WORLD | {"policy": {"num_updates": arguments.kills * arguments.every + 10}}
-    golds = []
-    for number in range(arguments.undisturbed):
-        with driven(folder, f"calm-{number}", config, num_nodes=0) as driver:
-            disturb(driver, [], arguments.every)
-            golds.append(gold_of(driver.run_dir))
-    with driven(folder, "chaos", config, num_nodes=2) as driver:
+    golds = calm_golds(folder, config, arguments.undisturbed)
+    with driven(folder, "chaos", config, [{}, {}]) as driver:
         started = time.monotonic()
         killed = disturb(driver, draw_roles(arguments.kills, 2, arguments.seed), arguments.every)
         found = losses(driver.run_dir, config)
@@ -296,12 +325,7 @@ def main() -> int:
         print(f"{len(killed)} kills, {driver.num_starts} starts of the driver, {time.monotonic() - started:.0f} s")
     if len(killed) < arguments.kills:
         found.append(f"only {len(killed)} of {arguments.kills} kills before the run was done")
-    if len(golds) > 1:
-        # Student's interval, 95 %, of one more run like them
-        spread = student_quantile(len(golds) - 1) * stdev(golds) * (1 + 1 / len(golds)) ** 0.5
-        print(f"gold {gold:.3f}; undisturbed {fmean(golds):.3f} +- {spread:.3f}: {[round(each, 3) for each in golds]}")
-        if abs(gold - fmean(golds)) > spread:
-            found.append(f"gold {gold:.3f} is not like that of undisturbed runs")
+    found += unlike(gold, golds)
     print("\n".join(found) or "nothing was lost")
     return 1 if found else 0
 

@@ -14,7 +14,7 @@ def test_after_the_death_of_engine_scorer_trainer_and_driver_no_prompt_is_lost_o
     tmp_path: Path,
 ) -> None:
     config = WORLD | {"policy": {"num_updates": 26}}
-    with driven(tmp_path, "few", config, num_nodes=0) as driver:
+    with driven(tmp_path, "few", config) as driver:
         killed = disturb(driver, ["engine", "scoring", "policy", "driver"], every=5)
         rows = read_run(driver.run_dir).events
     assert killed == ["engine", "scoring", "policy", "driver"]

@@ -108,6 +108,8 @@ CONTRADICTIONS = {
     "raise it, or change policy.offload",
     "policy.offload=all policy.zero_stage=2": "policy.zero_stage: got 2, need at least 3 with policy.offload all: "
     "raise it, or change policy.offload",
+    "policy.offload=optimizer policy.zero_stage=1 pools.reward.refit_zero_stage=0": "pools.reward.refit_zero_stage: "
+    "got 0, need at least 1 with policy.offload optimizer: raise it, or change policy.offload",
     "policy.deepspeed={bf16: {}, zero_optimization: {stage: 2}}": "policy.deepspeed: got "
     '{"bf16": {}, "zero_optimization": {"stage": 2}}, '
     "need nothing about bf16, zero_optimization.stage: other settings say it: remove it",
@@ -140,6 +142,8 @@ CONTRADICTIONS = {
     "got 1, need at least 2: correction.strategy relabel learns from what a prompt's responses differ in: "
     "raise it, or use another strategy",
     "correction.strategy=metarm policy.zero_stage=3": "policy.zero_stage: got 3, "
+    "need 0 to 2 with correction.strategy metarm: lower it",
+    "correction.strategy=metarm pools.reward.refit_zero_stage=3": "pools.reward.refit_zero_stage: got 3, "
     "need 0 to 2 with correction.strategy metarm: lower it",
     "correction.strategy=rlp_uml policy.zero_stage=3": "policy.zero_stage: got 3, "
     "need 0 to 2 with correction.strategy rlp_uml: lower it",

@@ -148,14 +148,16 @@ def test_ranks_share_what_their_stage_splits():
     assert total(0, 4) == {"weights": 2, "gradients": 6, "masters": 1, "moments": 2}
 
 
-def test_ranks_of_a_refit_share_the_reward_model_by_the_policys_stage():
-    def refit(num_ranks, zero_stage):
-        parts = ranks_of(pools={"reward": {"num_refit_ranks": num_ranks}}, policy={"zero_stage": zero_stage})["refit"]
+def test_ranks_of_a_refit_share_the_reward_model_by_their_own_stage_or_else_the_policys():
+    def refit(num_ranks, zero_stage, own=None):
+        pool = {"num_refit_ranks": num_ranks, "refit_zero_stage": own}
+        parts = ranks_of(pools={"reward": pool}, policy={"zero_stage": zero_stage})["refit"]
         return parts.parts["weights"], parts.parts["masters"], parts.parts["moments"]
 
     assert refit(1, 2) == (4e5, 4e5, 8e5)
     assert refit(4, 2) == (4e5, 1e5, 2e5)
     assert refit(4, 3) == (1e5, 1e5, 2e5)
+    assert refit(4, 3, own=2) == (4e5, 1e5, 2e5)
 
 
 def test_an_engines_cache_is_what_is_left_of_its_share_and_holds_so_many_sequences():

@@ -55,10 +55,10 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with socket.socket() as first, socket.socket() as second:
-        for each in (first, second):
+    with socket.socket() as first, socket.socket() as second, socket.socket() as third:
+        for each in (first, second, third):
             each.bind((LOOPBACK, 0))
-        gcs, dashboard = (each.getsockname()[1] for each in (first, second))
+        gcs, dashboard, agent = (each.getsockname()[1] for each in (first, second, third))
     folder = Path(tempfile.mkdtemp(prefix="job-", dir="/tmp"))  # sockets have short paths
     path = os.pathsep.join([str(RAY.parent), os.environ["PATH"]])
     without = ("PYTHONPATH", "RAY_ADDRESS")
@@ -73,6 +73,7 @@ def cluster() -> Iterator[Cluster]:
     }
     head = ["start", "--head", "--block", f"--port={gcs}", f"--node-ip-address={LOOPBACK}", f"--temp-dir={folder}/ray"]
     head += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    head += [f"--dashboard-agent-listen-port={agent}"]  # else another Ray of this machine may have it
     with (folder / "head.log").open("w") as log:
         node = subprocess.Popen([RAY, *head], cwd=folder, env=environment, stdout=log, stderr=log)
     try:
