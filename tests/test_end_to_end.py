@@ -1,19 +1,15 @@
 """The product as a user runs it: one small study with real vLLM, DeepSpeed and Ray, then its files."""
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
 from kill_and_resume import differences, finish, kill_at
+from program import jsonl, ocrm_ray
 
 from ocrm_ray.praise import VOCABULARY
 
-ROOT = Path(__file__).parent.parent
 STUDY = {
     "name": "tiny",
     "base": {
@@ -42,48 +38,18 @@ STUDY = {
     "seeds": [3],
 }
 
-RUNS = ("tiny", "ready", "quick", "same")
 pytestmark = pytest.mark.real
-
-
-def jsonl(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def events(study_dir: Path, arm: str) -> list[dict[str, object]]:
     return jsonl(study_dir / arm / "seed-3" / "events.jsonl")
 
 
-def shared_folders() -> set[Path]:
-    """Of this module's runs; others may go on beside them."""
-    return {path for run in RUNS for path in Path("/dev/shm").glob(f"ocrm-{run}-*")}
-
-
-def ocrm_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the program in a process of its own; it must succeed and leave no shared or temporary file."""
-    shared_before = shared_folders()
-    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # sockets have short paths
-        done = subprocess.run(
-            [sys.executable, "-m", "ocrm_ray", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": temporary},
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        names = [path.name for path in Path(temporary).iterdir()]
-        left = [name for name in names if not name.startswith("torchinductor_")]  # a cache that torch keeps
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert shared_folders() <= shared_before
-    assert left == []
-    return done
-
-
 @pytest.fixture(scope="module")
 def study_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(STUDY | {"output_dir": str(folder / "runs")}))
-    ocrm_ray("study", str(folder / "tiny.yaml"))
+    ocrm_ray("study", folder / "tiny.yaml")
     return folder / "runs" / "tiny"
 
 
@@ -177,7 +143,7 @@ def test_ready_pairs_run_without_gold_on_two_engines(study_dir: Path, tmp_path: 
     }
     config["data"]["max_prompt_tokens"] = 16  # type: ignore[index]
     (tmp_path / "ready.yaml").write_text(yaml.safe_dump(config))
-    ocrm_ray("run", str(tmp_path / "ready.yaml"))
+    ocrm_ray("run", tmp_path / "ready.yaml")
     run_dir = tmp_path / "ready"
     promoted = [row for row in jsonl(run_dir / "events.jsonl") if row["event"] == "promoted"]
     assert len(promoted) >= 2
@@ -206,74 +172,3 @@ def test_a_run_that_is_killed_during_a_refit_and_resumed_equals_the_uninterrupte
     steps = [row["step"] for row in jsonl(tmp_path / "killed" / "metrics.jsonl")]
     assert (steps[:6], steps[-4:]) == ([0, 1, 2, 3, 4, 5], [5, 6, 7, 8])
     assert len(steps) > 9
-
-
-METHODS = {
-    "metarm": {"correction.strategy": "metarm"},
-    "rlp-spg": {"correction.strategy": "rlp_spg", "correction.rlp_spg.clusterer": "encoder"},
-    "rlp-uml": {"correction.strategy": "rlp_uml"},
-    "relabel": {"correction.strategy": "relabel"},
-    "wpo": {"correction.strategy": "none", "policy.algorithm": "wpo"},
-}
-
-
-@pytest.fixture(scope="module")
-def methods_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quick study, with an arm of every method that learns from rollouts, and an offline one."""
-    folder = tmp_path_factory.mktemp("methods")
-    study = yaml.safe_load((ROOT / "configs/study/quick.yaml").read_text())
-    study["arms"] |= METHODS
-    (folder / "quick.yaml").write_text(yaml.safe_dump(study | {"output_dir": str(folder)}))
-    ocrm_ray("study", str(folder / "quick.yaml"))
-    return folder / "quick"
-
-
-def told(methods_dir: Path, arm: str, event: str) -> list[dict[str, object]]:
-    return [row for row in jsonl(methods_dir / arm / "seed-1" / "events.jsonl") if row["event"] == event]
-
-
-def test_every_arm_of_a_study_ends_with_its_figures(methods_dir: Path) -> None:
-    arms = json.loads((methods_dir / "study.json").read_text())["arms"]
-    assert arms.keys() >= {"frozen", "ocrm", "shuffled", *METHODS}
-    finals = {arm: arms[arm]["seeds"]["1"] for arm in ("frozen", "ocrm", "shuffled", *METHODS)}
-    assert {arm: figures["steps"] for arm, figures in finals.items()} == dict.fromkeys(finals, 6)
-    assert all(isinstance(figures["gold_mean"], float) for figures in finals.values())
-
-
-def test_corrections_that_learn_from_rollouts_get_them(methods_dir: Path) -> None:
-    for arm in ("relabel", "rlp-spg"):
-        assert all(row["num_prompts"] == 16 for row in told(methods_dir, arm, "pairs_added")[:1]), arm
-    relabelled = [row["num_pairs"] for row in told(methods_dir, "relabel", "pairs_added")]
-    assert 0 < relabelled[0] < relabelled[1]  # type: ignore[operator]
-    assert all(0.25 <= row["reward_spread"] < 0.75 for row in told(methods_dir, "metarm", "refit_finished"))  # type: ignore[operator]
-    assert all("view_loss" in row for row in told(methods_dir, "rlp-uml", "refit_finished"))
-
-
-def test_an_offline_arm_generates_nothing_but_what_is_measured(methods_dir: Path) -> None:
-    rows = jsonl(methods_dir / "wpo/seed-1/metrics.jsonl")
-    assert [row["step"] for row in rows if row["gold_mean"] is not None] == [0, 2, 4, 6]
-    assert all(row["rollout_tokens"] is None for row in rows)
-    assert not told(methods_dir, "wpo", "correction_started")
-
-
-SAME = {
-    "refit": {"correction.strategy": "refit"},
-    "ocrm": {"correction.strategy": "ocrm", "correction.weights.m": 0.0},
-    "metarm": {"correction.strategy": "metarm", "correction.metarm.eta": 0.0},
-}
-
-
-def test_weights_of_exponent_0_and_moves_of_length_0_give_the_trajectory_of_the_plain_refit(tmp_path: Path) -> None:
-    study = yaml.safe_load((ROOT / "configs/study/quick.yaml").read_text())
-    base = study["base"] | {"correction": {"every": 2, "schedule": "blocking"}}
-    base["rollout"] |= {"max_staleness": 0}
-    plan = {"name": "same", "output_dir": str(tmp_path), "base": base, "arms": SAME}
-    (tmp_path / "same.yaml").write_text(yaml.safe_dump(plan))
-    ocrm_ray("study", str(tmp_path / "same.yaml"))
-    rows = {arm: jsonl(tmp_path / "same" / arm / "seed-1" / "metrics.jsonl") for arm in SAME}
-    for figure in ("reward_version", "reward_mean", "kl_sft", "loss", "grad_norm", "rollout_tokens", "proxy_mean"):
-        known = {arm: [row[figure] for row in rows[arm] if row[figure] is not None] for arm in SAME}
-        assert len(set(known["refit"])) > 1, figure
-        for arm in ("ocrm", "metarm"):
-            # to float tolerance: an engine batches its requests as they come, and sums depend on the batch
-            assert known[arm] == pytest.approx(known["refit"], rel=1e-3, abs=1e-5), figure

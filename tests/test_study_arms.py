@@ -1,0 +1,80 @@
+"""A study with an arm of every method, real processes: what each was given, and which arms must be the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from program import ROOT, jsonl, ocrm_ray
+
+pytestmark = pytest.mark.real
+
+METHODS = {
+    "metarm": {"correction.strategy": "metarm"},
+    "rlp-spg": {"correction.strategy": "rlp_spg", "correction.rlp_spg.clusterer": "encoder"},
+    "rlp-uml": {"correction.strategy": "rlp_uml"},
+    "relabel": {"correction.strategy": "relabel"},
+    "wpo": {"correction.strategy": "none", "policy.algorithm": "wpo"},
+}
+
+
+@pytest.fixture(scope="module")
+def methods_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quick study, with an arm of every method that learns from rollouts, and an offline one."""
+    folder = tmp_path_factory.mktemp("methods")
+    study = yaml.safe_load((ROOT / "configs/study/quick.yaml").read_text())
+    study["arms"] |= METHODS
+    (folder / "quick.yaml").write_text(yaml.safe_dump(study | {"output_dir": str(folder)}))
+    ocrm_ray("study", folder / "quick.yaml")
+    return folder / "quick"
+
+
+def told(methods_dir: Path, arm: str, event: str) -> list[dict[str, object]]:
+    return [row for row in jsonl(methods_dir / arm / "seed-1" / "events.jsonl") if row["event"] == event]
+
+
+def test_every_arm_of_a_study_ends_with_its_figures(methods_dir: Path) -> None:
+    arms = json.loads((methods_dir / "study.json").read_text())["arms"]
+    assert arms.keys() >= {"frozen", "ocrm", "shuffled", *METHODS}
+    finals = {arm: arms[arm]["seeds"]["1"] for arm in ("frozen", "ocrm", "shuffled", *METHODS)}
+    assert {arm: figures["steps"] for arm, figures in finals.items()} == dict.fromkeys(finals, 6)
+    assert all(isinstance(figures["gold_mean"], float) for figures in finals.values())
+
+
+def test_corrections_that_learn_from_rollouts_get_them(methods_dir: Path) -> None:
+    for arm in ("relabel", "rlp-spg"):
+        assert all(row["num_prompts"] == 16 for row in told(methods_dir, arm, "pairs_added")[:1]), arm
+    relabelled = [row["num_pairs"] for row in told(methods_dir, "relabel", "pairs_added")]
+    assert 0 < relabelled[0] < relabelled[1]  # type: ignore[operator]
+    assert all(0.25 <= row["reward_spread"] < 0.75 for row in told(methods_dir, "metarm", "refit_finished"))  # type: ignore[operator]
+    assert all("view_loss" in row for row in told(methods_dir, "rlp-uml", "refit_finished"))
+
+
+def test_an_offline_arm_generates_nothing_but_what_is_measured(methods_dir: Path) -> None:
+    rows = jsonl(methods_dir / "wpo/seed-1/metrics.jsonl")
+    assert [row["step"] for row in rows if row["gold_mean"] is not None] == [0, 2, 4, 6]
+    assert all(row["rollout_tokens"] is None for row in rows)
+    assert not told(methods_dir, "wpo", "correction_started")
+
+
+SAME = {
+    "refit": {"correction.strategy": "refit"},
+    "ocrm": {"correction.strategy": "ocrm", "correction.weights.m": 0.0},
+    "metarm": {"correction.strategy": "metarm", "correction.metarm.eta": 0.0},
+}
+
+
+def test_weights_of_exponent_0_and_moves_of_length_0_give_the_trajectory_of_the_plain_refit(tmp_path: Path) -> None:
+    study = yaml.safe_load((ROOT / "configs/study/quick.yaml").read_text())
+    base = study["base"] | {"correction": {"every": 2, "schedule": "blocking"}}
+    base["rollout"] |= {"max_staleness": 0}
+    plan = {"name": "same", "output_dir": str(tmp_path), "base": base, "arms": SAME}
+    (tmp_path / "same.yaml").write_text(yaml.safe_dump(plan))
+    ocrm_ray("study", tmp_path / "same.yaml")
+    rows = {arm: jsonl(tmp_path / "same" / arm / "seed-1" / "metrics.jsonl") for arm in SAME}
+    for figure in ("reward_version", "reward_mean", "kl_sft", "loss", "grad_norm", "rollout_tokens", "proxy_mean"):
+        known = {arm: [row[figure] for row in rows[arm] if row[figure] is not None] for arm in SAME}
+        assert len(set(known["refit"])) > 1, figure
+        for arm in ("ocrm", "metarm"):
+            # to float tolerance: an engine batches its requests as they come, and sums depend on the batch
+            assert known[arm] == pytest.approx(known["refit"], rel=1e-3, abs=1e-5), figure
