@@ -16,14 +16,20 @@ METHODS = {
     "relabel": {"correction.strategy": "relabel"},
     "wpo": {"correction.strategy": "none", "policy.algorithm": "wpo"},
 }
+STILL = {"correction.promote_after": None, "correction.schedule": "blocking", "rollout.max_staleness": 0}
+SAME = {
+    "refit": {"correction.strategy": "refit", **STILL},
+    "exponent-0": {"correction.strategy": "ocrm", "correction.weights.m": 0.0, **STILL},
+    "move-0": {"correction.strategy": "metarm", "correction.metarm.eta": 0.0, **STILL},
+}
 
 
 @pytest.fixture(scope="module")
 def methods_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quick study, with an arm of every method that learns from rollouts, and an offline one."""
+    """The quick study, with every method that learns from rollouts, an offline one and three arms that are the same."""
     folder = tmp_path_factory.mktemp("methods")
     study = yaml.safe_load((ROOT / "configs/study/quick.yaml").read_text())
-    study["arms"] |= METHODS
+    study["arms"] |= METHODS | SAME
     (folder / "quick.yaml").write_text(yaml.safe_dump(study | {"output_dir": str(folder)}))
     ocrm_ray("study", folder / "quick.yaml")
     return folder / "quick"
@@ -57,24 +63,11 @@ def test_an_offline_arm_generates_nothing_but_what_is_measured(methods_dir: Path
     assert not told(methods_dir, "wpo", "correction_started")
 
 
-SAME = {
-    "refit": {"correction.strategy": "refit"},
-    "ocrm": {"correction.strategy": "ocrm", "correction.weights.m": 0.0},
-    "metarm": {"correction.strategy": "metarm", "correction.metarm.eta": 0.0},
-}
-
-
-def test_weights_of_exponent_0_and_moves_of_length_0_give_the_trajectory_of_the_plain_refit(tmp_path: Path) -> None:
-    study = yaml.safe_load((ROOT / "configs/study/quick.yaml").read_text())
-    base = study["base"] | {"correction": {"every": 2, "schedule": "blocking"}}
-    base["rollout"] |= {"max_staleness": 0}
-    plan = {"name": "same", "output_dir": str(tmp_path), "base": base, "arms": SAME}
-    (tmp_path / "same.yaml").write_text(yaml.safe_dump(plan))
-    ocrm_ray("study", tmp_path / "same.yaml")
-    rows = {arm: jsonl(tmp_path / "same" / arm / "seed-1" / "metrics.jsonl") for arm in SAME}
+def test_weights_of_exponent_0_and_moves_of_length_0_give_the_trajectory_of_the_plain_refit(methods_dir: Path) -> None:
+    rows = {arm: jsonl(methods_dir / arm / "seed-1" / "metrics.jsonl") for arm in SAME}
     for figure in ("reward_version", "reward_mean", "kl_sft", "loss", "grad_norm", "rollout_tokens", "proxy_mean"):
         known = {arm: [row[figure] for row in rows[arm] if row[figure] is not None] for arm in SAME}
         assert len(set(known["refit"])) > 1, figure
-        for arm in ("ocrm", "metarm"):
+        for arm in ("exponent-0", "move-0"):
             # to float tolerance: an engine batches its requests as they come, and sums depend on the batch
             assert known[arm] == pytest.approx(known["refit"], rel=1e-3, abs=1e-5), figure
