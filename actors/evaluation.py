@@ -14,6 +14,7 @@ from ocrm_ray.gold import load_gold
 from ocrm_ray.networks import load_tokenizer
 from ocrm_ray.records import EvaluationReport, Prompt, Sequence
 from ocrm_ray.response_clusters import load_clusterer
+from ocrm_ray.whole_files import write_whole
 
 SFT_GOLD = "sft_gold.json"
 """In the run folder: gold of the first evaluation, with which a resumed run, or another process, compares too."""
@@ -46,9 +47,7 @@ class EvaluationActor:
         is_first = self._evaluator.sft_gold is None
         report, rows = self._evaluator.evaluate(*measured)
         if is_first and self._evaluator.sft_gold is not None:
-            partial = self._sft_gold.with_suffix(".partial")
-            partial.write_text(json.dumps(self._evaluator.sft_gold.tolist()))
-            partial.replace(self._sft_gold)
+            write_whole(self._sft_gold, [json.dumps(self._evaluator.sft_gold.tolist())])
         return replace(report, seconds=time.monotonic() - started), rows
 
     def gold_of(self, prompts: Seq[Prompt], sequences: Seq[Sequence]) -> list[float]:
