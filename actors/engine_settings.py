@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ocrm_ray.config import Dtype, Policy
+from ocrm_ray.config import Dtype, Lora, Policy
 
 ADAM_BETA1 = 0.9
 NEVER = 10**12
@@ -41,6 +41,7 @@ class EngineSettings:
     offload: str = "none"
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the settings made here."""
+    lora: Lora | None = None
 
     @classmethod
     def of(cls, policy: Policy, **chosen: Any) -> "EngineSettings":
@@ -66,7 +67,8 @@ def initialise(module: nn.Module, settings: EngineSettings) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     betas, decay = (ADAM_BETA1, settings.beta2), settings.weight_decay
-    optimizer = torch.optim.AdamW(module.parameters(), settings.learning_rate, betas, weight_decay=decay, fused=True)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, settings.learning_rate, betas, weight_decay=decay, fused=True)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory there is
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(module, settings))
     return engine

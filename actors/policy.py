@@ -127,7 +127,8 @@ class PolicyActor:
         start_process(config, pool)
         join_process_group(config.deadlines.request_s)
         self._tokenizer = networks.load_tokenizer(self.sft_path, trust_remote_code=config.trust_remote_code)
-        path = str(self.checkpoint or self.sft_path)
+        # a checkpoint's model has its adapters merged, which cannot be undone
+        path = self.sft_path if self.checkpoint is None or policy.lora else str(self.checkpoint)
         model = networks.load_causal_lm(path, dtype=pool.dtype, trust_remote_code=config.trust_remote_code)
         settings = EngineSettings.of(
             policy,
@@ -135,6 +136,7 @@ class PolicyActor:
             dtype=pool.dtype,
             beta2=policy.adam_beta2,
             max_skipped_steps=config.guards.max_skipped_steps,
+            lora=policy.lora,
         )
         self._engine = TrainingEngine(model, settings)
         self._exporter: WeightExporter | None = None

@@ -76,6 +76,7 @@ class RewardFit:
             dtype=dtype,
             weight_decay=training.weight_decay,
             zero_stage=self.config.refit_zero_stage,
+            lora=self.config.reward.lora,
         )
         self._engine = TrainingEngine(model, settings)
         self._rng = np.random.default_rng([self.seed, 5])

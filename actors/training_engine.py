@@ -24,6 +24,7 @@ from actors.engine_settings import EngineSettings, initialise
 from ocrm_ray import ranks
 from ocrm_ray.config import Pool, RunConfig
 from ocrm_ray.errors import RunError
+from ocrm_ray.lora import adapter_of, add_adapters, merged, merged_name
 from ocrm_ray.networks import CausalModel, ScalarModel, checkpoint_layers, idle_loss, save_model
 
 GATHERED_BYTES = 2**28
@@ -85,6 +86,8 @@ class TrainingEngine:
     def __init__(self, module: CausalModel | ScalarModel, settings: EngineSettings) -> None:
         """``module`` is taken over; its parameters are moved, cast and (ZeRO 3) partitioned."""
         join_process_group()
+        if settings.lora is not None:
+            add_adapters(module.network, settings.lora)
         if settings.checkpointing:
             checkpoint_layers(module)
         module.network.in_step = settings.zero_stage == 3 and ranks.num_ranks() > 1
@@ -133,9 +136,9 @@ class TrainingEngine:
         return ranks.add_up(total).item()
 
     def gradients(self, parts: Seq[Part], loss_of: Callable[[Part], Tensor]) -> list[Tensor]:
-        """Of the losses of all ranks' parts together, from ``module``, by every parameter, in float32; nothing else
-        changes."""
-        parameters = list(self._module.parameters())
+        """Of the losses of all ranks' parts together, from ``module``, by every trained parameter, in float32; nothing
+        else changes."""
+        parameters = list(self._trained().values())
         totals = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         for part in parts:
             for total, found in zip(totals, torch.autograd.grad(loss_of(part), parameters), strict=True):
@@ -144,8 +147,8 @@ class TrainingEngine:
 
     @contextlib.contextmanager
     def moved(self, moves: Seq[Tensor]) -> Iterator[None]:
-        """Inside, every weight has been moved; after it, each is bit for bit what it was. Not for ZeRO 3."""
-        parameters = list(self._module.parameters())
+        """Inside, every trained weight has been moved; after it, each is bit for bit what it was. Not for ZeRO 3."""
+        parameters = list(self._trained().values())
         kept = [parameter.detach().clone() for parameter in parameters]
         try:
             for parameter, move in zip(parameters, moves, strict=True):
@@ -159,14 +162,14 @@ class TrainingEngine:
         """AdamW's, by parameter and without their bias towards 0; None before a fresh optimiser's first step."""
         if self._num_steps == 0:
             return None
-        found = (self._whole(parameter, "exp_avg_sq") for parameter in self._module.parameters())
+        found = (self._whole(parameter, "exp_avg_sq") for parameter in self._trained().values())
         return [moment / (1 - self._settings.beta2**self._num_steps) for moment in found]
 
     def capture(self) -> EngineState:
-        """A copy of everything that ``restore`` needs, masters where weights are rounded."""
-        kinds = [] if self._settings.is_plain else [MASTERS]
+        """A copy of everything that ``restore`` needs, masters where the weights that leave are rounded or merged."""
+        kinds = [MASTERS] if self._has_masters else []
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in [*kinds, *(MOMENTS if self._num_steps else ())]}
-        for number, (name, parameter) in enumerate(self._module.named_parameters()):
+        for number, (name, parameter) in enumerate(self._trained().items()):
             for kind, kept in tensors.items():
                 whole = self._whole(parameter, kind)
                 if number % ranks.num_ranks() == ranks.rank():
@@ -174,11 +177,14 @@ class TrainingEngine:
         return EngineState(self._num_steps, tensors, self.weights())
 
     def restore(self, state: EngineState) -> None:
-        """Go on as the engine went on that ``state`` was captured from; its (rounded) weights are loaded already."""
-        named = dict(self._module.named_parameters())
-        if not self._settings.is_plain:
+        """Go on as the engine went on that ``state`` was captured from; its (rounded) weights, where they are not those
+        of adapters, are loaded already."""
+        named = self._trained()
+        if self._has_masters:
             for name, value in state.tensors.get(MASTERS, {}).items():
                 self._set_whole(named[name], MASTERS, value.to(self.device))
+                if self._settings.lora is not None:
+                    self._set_rounded(named[name], value.to(self.device))
         self.reset_optimizer()
         self._num_steps = state.num_steps
         if not state.num_steps:
@@ -188,8 +194,18 @@ class TrainingEngine:
             for name, value in state.tensors[kind].items():
                 self._set_whole(named[name], kind, value.to(self.device))
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self._module.named_parameters() if parameter.requires_grad}
+
+    @property
+    def _has_masters(self) -> bool:
+        """Whether what is trained cannot be read back from the weights that leave."""
+        return not self._settings.is_plain or self._settings.lora is not None
+
     def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
         """The parameter's master or a moment, put together from the ranks' parts."""
+        if self._settings.is_plain and kind == MASTERS:
+            return parameter.detach()
         if self._settings.is_plain:
             found: Tensor = self._engine.basic_optimizer.state[parameter][kind]
             return found
@@ -205,19 +221,26 @@ class TrainingEngine:
     def _set_whole(self, parameter: Any, kind: str, value: Tensor) -> None:
         """Each rank takes its part."""
         if self._settings.is_plain:
+            if kind == MASTERS:
+                return  # is the weight itself
             self._engine.basic_optimizer.state[parameter][kind].copy_(value)
             return
         from deepspeed import utils
 
         form, arguments = "full", (value,)
         if self._settings.zero_stage == 3:  # DeepSpeed's own cut fails where a rank's part is padded
-            size = parameter.ds_tensor.numel()
-            own = value.flatten()[size * ranks.rank() : size * (ranks.rank() + 1)]
-            form, arguments = "local", (nn.functional.pad(own, (0, size - len(own))),)
+            form, arguments = "local", (_own_part(parameter, value),)
         if kind == MASTERS:
             getattr(utils, f"safe_set_{form}_fp32_param")(parameter, *arguments)
         else:
             getattr(utils, f"safe_set_{form}_optimizer_state")(parameter, *arguments, kind)
+
+    def _set_rounded(self, parameter: Any, value: Tensor) -> None:
+        """The weight that forward passes use."""
+        if self._settings.zero_stage == 3:
+            parameter.ds_tensor.data.copy_(_own_part(parameter, value))
+        else:
+            parameter.data.copy_(value)
 
     def _make_moments(self) -> None:
         """Moments of 0, as AdamW makes them at its first step, for what it updates: with ZeRO, flat partitions."""
@@ -267,29 +290,44 @@ class TrainingEngine:
 
     def layout(self) -> dict[str, Tensor]:
         """Names, shapes and types of the network's full weights, tied ones under each name; no data."""
-        named = self.network.state_dict(keep_vars=True)
-        shapes = {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in named.items()}
-        return {name: torch.empty(shapes[name], dtype=named[name].dtype, device="meta") for name in named}
+        named = self._leaving()
+        shapes = {name: getattr(tensor, "ds_shape", tensor.shape) for name, (_, tensor) in named.items()}
+        return {name: torch.empty(shapes[name], dtype=named[name][1].dtype, device="meta") for name in named}
 
     def buckets(self) -> Iterator[dict[str, Tensor]]:
-        """The network's full weights as in ``layout``, where they lie: at ZeRO 3 some at a time, until the next are
-        asked for."""
-        if self._settings.zero_stage < 3:
+        """The network's full weights as in ``layout``, where they lie: at ZeRO 3, and with adapters to merge, some at a
+        time, until the next are asked for."""
+        if self._settings.zero_stage < 3 and self._settings.lora is None:
             yield self.network.state_dict()
             return
+        named = self._leaving()
+        for names in _cut({name: tensor.nbytes for name, tensor in self.layout().items()}):
+            with self._gathered([named[name] for name in names]):
+                yield {name: merged(self.network, *named[name]).detach() for name in names}
+
+    def _leaving(self) -> dict[str, tuple[str, Tensor]]:
+        """Weights by their names in a model folder: the name in the network, and what is there under it."""
+        found = self.network.state_dict(keep_vars=True).items()
+        return {name: (source, tensor) for source, tensor in found if (name := merged_name(source)) is not None}
+
+    def _gathered(self, leaving: Seq[tuple[str, Tensor]]) -> contextlib.AbstractContextManager[None]:
+        """Inside, these weights and their adapters are whole."""
+        if self._settings.zero_stage < 3:
+            return contextlib.nullcontext()
         import deepspeed
 
-        named = self.network.state_dict(keep_vars=True)
-        for names in _cut({name: tensor.nbytes for name, tensor in self.layout().items()}):
-            with deepspeed.zero.GatheredParameters([named[name] for name in names]):
-                yield {name: named[name].detach() for name in names}
+        adapters = [part for source, _ in leaving for part in adapter_of(self.network, source)]
+        gathered: contextlib.AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+            [*(weight for _, weight in leaving), *adapters]
+        )
+        return gathered
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the full weights on rank 0's CPU, tied ones once under all names; nothing elsewhere."""
         if ranks.rank() > 0:
             self.take_part()
             return {}
-        identity = {name: id(tensor) for name, tensor in self.network.state_dict(keep_vars=True).items()}
+        identity = {name: id(tensor) for name, (_, tensor) in self._leaving().items()}
         copies: dict[int, Tensor] = {}
         for bucket in self.buckets():
             for name, tensor in bucket.items():
@@ -312,6 +350,13 @@ class TrainingEngine:
         self._engine.destroy()
         del self._engine, self._module
         gc.collect()
+
+
+def _own_part(parameter: Any, value: Tensor) -> Tensor:
+    """What of a whole value this rank has at ZeRO 3, padded as there."""
+    size = parameter.ds_tensor.numel()
+    own = value.flatten()[size * ranks.rank() : size * (ranks.rank() + 1)]
+    return nn.functional.pad(own, (0, size - len(own)))
 
 
 def _cut(sizes: Mapping[str, int]) -> list[list[str]]:

@@ -28,6 +28,17 @@ class Section(BaseModel):
     )
 
 
+class Lora(Section):
+    """Low-rank adapters that are trained in place of a network's weights (arXiv 2106.09685). What leaves the trainer,
+    for engines, scorers and model folders, has them merged."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    """An adapter's product counts alpha / rank times."""
+    targets: tuple[str, ...] = ()
+    """Layers that have one, by the end of their names, as ``q_proj``; none: every linear layer but the head."""
+
+
 class Pool(Section):
     """One pool of actors."""
 

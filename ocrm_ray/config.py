@@ -16,6 +16,7 @@ from ocrm_ray.cluster_config import (
     Duration,
     GenerationPool,
     Lease,
+    Lora,
     NonNegativeFloat,
     NonNegativeInt,
     Pool,
@@ -219,6 +220,8 @@ class Policy(Section):
     """PPO only."""
     max_grad_norm: PositiveFloat = 1.0
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    lora: Lora | None = None
+    """Train adapters alone; null: all weights. PPO's critic trains all of its own."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage of policy and critic, and of a refit unless ``pools.reward`` has its own."""
     offload: Literal["none", "optimizer", "all"] = "none"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ocrm_ray.cluster_config import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+from ocrm_ray.cluster_config import Lora, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
 
 
 class RewardTraining(Section):
@@ -43,6 +43,8 @@ class Reward(Section):
     base: str | None = None
     """Backbone to start from; null: the SFT model (with ``world``: the world's own small one)."""
     training: RewardTraining = RewardTraining()
+    lora: Lora | None = None
+    """Train adapters and the head alone, at first and in every refit; null: all weights."""
     num_calibration: PositiveInt = 1024
     """SFT responses on which every reward model is re-centred to mean 0."""
     scale: Literal["none", "calibration_std"] = "none"

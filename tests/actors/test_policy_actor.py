@@ -504,11 +504,12 @@ def test_gradient_that_is_not_finite_ends_the_run(zero_stage, dtype):
         engine.step(1.0)
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
 @pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_trainer_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, algorithm, dtype):
+def test_a_trainer_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, algorithm, dtype, lora):
     reward = save_reward_model(tmp_path / "rm") if algorithm == "ppo" else None
-    sections = {"policy": {"algorithm": algorithm, "learning_rate": 3e-3, "lr_schedule": "linear"}}
+    sections = {"policy": {"algorithm": algorithm, "learning_rate": 3e-3, "lr_schedule": "linear", "lora": lora}}
     asked = make_actor(tmp_path, reward, **sections, pools={"policy": {"dtype": dtype}})
     asked.update(rollouts_of(asked))
     snapshot = asked.export_weights()
