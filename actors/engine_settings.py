@@ -77,7 +77,8 @@ def initialise(module: nn.Module, settings: EngineSettings) -> Any:
 def _deepspeed_config(module: nn.Module, settings: EngineSettings) -> dict[str, Any]:
     """Batch sizes are 1 because callers say where an optimiser batch ends."""
     # DeepSpeed allocates whole buckets, by default 2 GB each however small the model is
-    bucket_size = min(sum(parameter.numel() for parameter in module.parameters()), MAX_BUCKET_SIZE)
+    num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    bucket_size = min(num_trained, MAX_BUCKET_SIZE)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -7,6 +7,8 @@ Of P parameters in a dtype of d bytes on n ranks, training keeps (weights; gradi
 - ZeRO 2: d P; 4 P / n; 4 P / n; 8 P / n
 - ZeRO 3: d P / n; 4 P / n and a bucket; 4 P / n; 8 P / n
 
+With LoRA the adapters are that P, beside d bytes of each frozen parameter, at ZeRO 3 on one of the n ranks.
+
 What exists during a pass counts as activations: a bucket of gradients, at ZeRO 3 the parameters that are gathered
 (10^9), a chunk of logits with its gradient in float32, and what the layers save. A layer with hidden width h, queries
 of width q, keys of width k, an MLP of width f and a heads saves 8 h + d (4 h + 2 q + 2 k + 4 f) + 4 a bytes a token
@@ -20,11 +22,11 @@ What ``policy.offload`` moves to the host is counted where it would be without.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from ocrm_ray import praise
-from ocrm_ray.config import Dtype, Pool, RunConfig
+from ocrm_ray.config import Dtype, Lora, Pool, RunConfig
 
 GIB = 2**30
 DTYPE_BYTES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2}
@@ -89,19 +91,23 @@ class Training:
     checkpointing: bool
     num_tokens: int
     """Of the largest forward pass."""
+    num_adapted: int | None = None
+    """Parameters of adapters, where those alone are trained."""
 
     def parts(self, num_parameters: int, layers: Layers | None) -> Parts:
         """Bytes of one rank, without logits."""
-        width, partition = DTYPE_BYTES[self.dtype], 4 * num_parameters / self.num_ranks
+        num_trained = num_parameters if self.num_adapted is None else self.num_adapted
+        num_held = num_parameters + (self.num_adapted or 0)
+        width, partition = DTYPE_BYTES[self.dtype], 4 * num_trained / self.num_ranks
         stage = max(self.zero_stage, 1 if self.dtype == "bfloat16" else 0)
-        bucket = width * min(num_parameters, BUCKET)
-        full_gradients = (6 if self.dtype == "bfloat16" else 4) * num_parameters
-        in_pass = [bucket if self.num_ranks > 1 else 0, bucket, bucket, width * min(num_parameters, GATHERED)][stage]
+        bucket = width * min(num_trained, BUCKET)
+        full_gradients = (6 if self.dtype == "bfloat16" else 4) * num_trained
+        in_pass = [bucket if self.num_ranks > 1 else 0, bucket, bucket, width * min(num_held, GATHERED)][stage]
         return {
-            "weights": width * num_parameters / (self.num_ranks if stage == 3 else 1),
+            "weights": width * num_held / (self.num_ranks if stage == 3 else 1),
             "gradients": [full_gradients, full_gradients, partition, partition + bucket][stage],
             "masters": partition if stage else 0,
-            "moments": 2 * partition if stage else 8 * num_parameters,
+            "moments": 2 * partition if stage else 8 * num_trained,
             "activations": in_pass + saved_bytes(layers, self),
         }
 
@@ -122,6 +128,16 @@ def layers_of(settings: Mapping[str, Any]) -> Layers | None:
     return Layers(
         num_layers, hidden, heads * head, key_heads * head, find("intermediate_size", "n_inner") or 4 * hidden, heads
     )
+
+
+def adapted(lora: Lora | None, layers: Layers | None) -> int | None:
+    """Parameters of the adapters on a decoder's layers, which are named as Llama's; None without ``lora``."""
+    if lora is None or layers is None:
+        return None
+    hidden, query, key, wide = layers.hidden, layers.query, layers.key, layers.intermediate
+    widths = {"q_proj": hidden + query, "k_proj": hidden + key, "v_proj": hidden + key, "o_proj": query + hidden}
+    widths |= {"gate_proj": hidden + wide, "up_proj": hidden + wide, "down_proj": wide + hidden}
+    return layers.num_layers * lora.rank * sum(widths.get(name, 0) for name in lora.targets or widths)
 
 
 def saved_bytes(layers: Layers | None, training: Training) -> float:
@@ -167,7 +183,8 @@ def memory_ranks(config: RunConfig, sizes: NetworkSizes) -> list[Rank]:
     micro = _pass_tokens(policy.micro_batch_tokens, policy.micro_batch_size * length, length)
     shared = policy.zero_stage, pools.policy.num_actors, policy.gradient_checkpointing
     trainer = Training(pools.policy.dtype, *shared, micro)
-    of_policy = trainer.parts(sizes.policy, sizes.policy_layers)
+    learner = replace(trainer, num_adapted=adapted(policy.lora, sizes.policy_layers))
+    of_policy = learner.parts(sizes.policy, sizes.policy_layers)
     of_policy["activations"] += logits_bytes(micro, sizes.vocabulary)
     ranks = [_engine(config, sizes), Rank("policy", "policy", trainer.num_ranks, of_policy)]
     if policy.algorithm == "ppo":
@@ -234,7 +251,8 @@ def _rewards(config: RunConfig, sizes: NetworkSizes) -> list[Rank]:
     }
     micro = _pass_tokens(training.micro_batch_tokens, training.micro_batch_size * pairs, pairs)
     shared = config.refit_zero_stage, pool.num_refit_ranks, config.policy.gradient_checkpointing
-    refit = Training(pool.dtype, *shared, micro).parts(sizes.reward, sizes.reward_layers)
+    num_adapted = adapted(config.reward.lora, sizes.reward_layers)
+    refit = Training(pool.dtype, *shared, micro, num_adapted).parts(sizes.reward, sizes.reward_layers)
     ranks = [Rank("reward server", "reward", pool.num_actors, server)]
     if config.correction.strategy != "none" or config.reward.ready is None:
         ranks.append(Rank("refit", "reward", pool.num_refit_ranks, refit))
