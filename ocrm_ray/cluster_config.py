@@ -33,7 +33,7 @@ class Lora(Section):
     for engines, scorers and model folders, has them merged."""
 
     rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
+    alpha: PositiveInt = 32
     """An adapter's product counts alpha / rank times."""
     targets: tuple[str, ...] = ()
     """Layers that have one, by the end of their names, as ``q_proj``; none: every linear layer but the head."""

@@ -49,6 +49,7 @@ __all__ = [
     "Duration",
     "GenerationPool",
     "Lease",
+    "Lora",
     "Pool",
     "Pools",
     "Publish",

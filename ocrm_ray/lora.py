@@ -56,4 +56,5 @@ def merged(network: nn.Module, name: str, weight: Tensor) -> Tensor:
     if not adapter_of(network, name):
         return weight
     layer: Any = network.get_submodule(name.rpartition(_BASE)[0])
-    return weight + layer.get_delta_weight(_ADAPTER).to(weight.dtype)
+    product: Tensor = layer.get_delta_weight(_ADAPTER)
+    return weight + product.to(weight.dtype)

@@ -19,7 +19,7 @@ from ocrm_ray.records import Sequence
 
 pytestmark = pytest.mark.real
 
-LORA = Lora(rank=3, alpha=12.0)
+LORA = Lora(rank=3, alpha=12)
 SCALE = 4.0
 TABLE = SequenceTable([pair.chosen for pair in random_pairs(13, seed=1)], EOS, share_prompts=False)
 SPREAD = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
