@@ -7,7 +7,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-deps
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' docker/cpu-lock.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-# Real runs wait for processes to start: a second worker tests meanwhile. By files, in their order: see tests/conftest.py.
+# Whole runs wait for processes to start: a second worker tests meanwhile. By files, as tests/conftest.py says.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 IMAGE := ocrm-ray:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-ray$(shell sed -n 's/^ray==//p' docker/cpu-lock.txt)

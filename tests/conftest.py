@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS))
 # the models are tiny: a second thread only waits for the first, for long where other processes want the core too
 os.environ["OMP_NUM_THREADS"] = "1"
-LONGEST = ("test_end_to_end.py", "test_study_arms.py", "test_chaos.py", "test_ray_job.py")
+RUNS = ("test_end_to_end.py", "test_study_arms.py", "test_chaos.py", "test_ray_job.py")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
 
 
@@ -24,6 +25,19 @@ def two_ranks():
         yield ranks
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of two workers one gets all whole runs: two at once take longer than one after the other."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class RunsTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "runs" if Path(file).name in RUNS else file
+
+    return RunsTogether(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: of workers that share the files, none is left alone with one at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    """The whole runs first: they take longest."""
+    items.sort(key=lambda item: RUNS.index(item.path.name) if item.path.name in RUNS else len(RUNS))
