@@ -105,7 +105,9 @@ class Nodes:
 
         state = self._cluster.global_state
         nodes = {node["NodeID"]: node["Resources"] for node in state.node_table()}
-        table = [ActorTableData.FromString(row) for row in state.global_state_accessor.get_actor_table(None, None)]
+        table = [
+            ActorTableData.FromString(row) for row in state._connect_and_get_accessor().get_actor_table(None, None)
+        ]
         return [(actor.repr_name, nodes[actor.address.node_id.hex()]) for actor in table]
 
     def stop(self) -> None:

@@ -42,7 +42,7 @@ REHEARSED = (
     *("rollout.prompts_per_step=80", "rollout.max_staleness=2", "correction.every=5"),
     *("pools.generation.num_actors=40", "pools.policy.num_actors=8", "pools.scoring.num_actors=7"),
     *("pools.reward.num_actors=6", "pools.reward.num_refit_ranks=1"),
-    "rehearsal={num_updates: 20, engine_slots: 2, generate: {item_s: 8, jitter: 0.02}, score: {item_s: 0.1},"
+    "rehearsal={num_updates: 15, engine_slots: 2, generate: {item_s: 4, jitter: 0.02}, score: {item_s: 0.1},"
     " reward: {item_s: 0.05}, train: {item_s: 0.2}, ratio_s: 4, refit_s: 12, weights_gib: 0.5, pause_s: 0.02}",
 )
 """40 engines, 8 ranks, 7 scorers and the ratios', 6 servers and the refitter, the evaluator: 64 actors."""
