@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,15 +70,16 @@ def initialise(module: nn.Module, settings: EngineSettings) -> Any:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, betas, weight_decay=decay, fused=True)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory there is
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(module, settings))
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=_deepspeed_config(trained, settings)
+        )
     return engine
 
 
-def _deepspeed_config(module: nn.Module, settings: EngineSettings) -> dict[str, Any]:
+def _deepspeed_config(trained: Sequence[nn.Parameter], settings: EngineSettings) -> dict[str, Any]:
     """Batch sizes are 1 because callers say where an optimiser batch ends."""
     # DeepSpeed allocates whole buckets, by default 2 GB each however small the model is
-    num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    bucket_size = min(num_trained, MAX_BUCKET_SIZE)
+    bucket_size = min(sum(parameter.numel() for parameter in trained), MAX_BUCKET_SIZE)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -167,7 +167,7 @@ class TrainingEngine:
 
     def capture(self) -> EngineState:
         """A copy of everything that ``restore`` needs, masters where the weights that leave are rounded or merged."""
-        kinds = [MASTERS] if self._has_masters else []
+        kinds = [] if self._settings.is_plain and self._settings.lora is None else [MASTERS]
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in [*kinds, *(MOMENTS if self._num_steps else ())]}
         for number, (name, parameter) in enumerate(self._trained().items()):
             for kind, kept in tensors.items():
@@ -180,11 +180,11 @@ class TrainingEngine:
         """Go on as the engine went on that ``state`` was captured from; its (rounded) weights, where they are not those
         of adapters, are loaded already."""
         named = self._trained()
-        if self._has_masters:
-            for name, value in state.tensors.get(MASTERS, {}).items():
+        for name, value in state.tensors.get(MASTERS, {}).items():
+            if not self._settings.is_plain:
                 self._set_whole(named[name], MASTERS, value.to(self.device))
-                if self._settings.lora is not None:
-                    self._set_rounded(named[name], value.to(self.device))
+            if self._settings.lora is not None:
+                self._set_rounded(named[name], value.to(self.device))
         self.reset_optimizer()
         self._num_steps = state.num_steps
         if not state.num_steps:
@@ -197,18 +197,11 @@ class TrainingEngine:
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self._module.named_parameters() if parameter.requires_grad}
 
-    @property
-    def _has_masters(self) -> bool:
-        """Whether what is trained cannot be read back from the weights that leave."""
-        return not self._settings.is_plain or self._settings.lora is not None
-
     def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
         """The parameter's master or a moment, put together from the ranks' parts."""
-        if self._settings.is_plain and kind == MASTERS:
-            return parameter.detach()
         if self._settings.is_plain:
-            found: Tensor = self._engine.basic_optimizer.state[parameter][kind]
-            return found
+            found: Tensor = parameter if kind == MASTERS else self._engine.basic_optimizer.state[parameter][kind]
+            return found.detach()
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         whole: Tensor
@@ -221,8 +214,6 @@ class TrainingEngine:
     def _set_whole(self, parameter: Any, kind: str, value: Tensor) -> None:
         """Each rank takes its part."""
         if self._settings.is_plain:
-            if kind == MASTERS:
-                return  # is the weight itself
             self._engine.basic_optimizer.state[parameter][kind].copy_(value)
             return
         from deepspeed import utils

@@ -44,17 +44,18 @@ def merged_name(name: str) -> str | None:
 
 def adapter_of(network: nn.Module, name: str) -> list[nn.Parameter]:
     """The parts of the adapter beside the weight ``name``; none where there is no adapter."""
-    owner, base, kind = name.rpartition(_BASE)
-    if not base or kind != "weight":
-        return []
-    return [part for each, part in network.get_submodule(owner).named_parameters() if _PART in f".{each}"]
+    layer = _adapted_layer(network, name)
+    return [] if layer is None else [part for each, part in layer.named_parameters() if _PART in f".{each}"]
 
 
 @torch.no_grad()
 def merged(network: nn.Module, name: str, weight: Tensor) -> Tensor:
     """The weight ``name`` with its adapter; as it is where there is none."""
-    if not adapter_of(network, name):
-        return weight
-    layer: Any = network.get_submodule(name.rpartition(_BASE)[0])
-    product: Tensor = layer.get_delta_weight(_ADAPTER)
-    return weight + product.to(weight.dtype)
+    layer = _adapted_layer(network, name)
+    return weight if layer is None else weight + layer.get_delta_weight(_ADAPTER).to(weight.dtype)
+
+
+def _adapted_layer(network: nn.Module, name: str) -> Any:
+    """peft's layer whose weight is ``name``; None where that weight has no adapter."""
+    owner, base, kind = name.rpartition(_BASE)
+    return network.get_submodule(owner) if base and kind == "weight" else None

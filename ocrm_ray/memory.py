@@ -131,7 +131,8 @@ def layers_of(settings: Mapping[str, Any]) -> Layers | None:
 
 
 def adapted(lora: Lora | None, layers: Layers | None) -> int | None:
-    """Parameters of the adapters on a decoder's layers, which are named as Llama's; None without ``lora``."""
+    """Parameters of the adapters on a decoder's layers, which are named as Llama's; None without ``lora``, or where
+    the layers are not known."""
     if lora is None or layers is None:
         return None
     hidden, query, key, wide = layers.hidden, layers.query, layers.key, layers.intermediate

@@ -9,10 +9,10 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+RUNS = ("test_end_to_end.py", "test_study_arms.py", "test_chaos.py", "test_ray_job.py")
 sys.path.insert(0, str(TESTS))
 # the models are tiny: a second thread only waits for the first, for long where other processes want the core too
 os.environ["OMP_NUM_THREADS"] = "1"
-RUNS = ("test_end_to_end.py", "test_study_arms.py", "test_chaos.py", "test_ray_job.py")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
 
 

@@ -1,6 +1,5 @@
-"""The program in a process of its own, as tests use it, and its files."""
+"""The program in a process of its own, as tests use it."""
 
-import json
 import os
 import subprocess
 import sys
@@ -32,7 +31,3 @@ def ocrm_ray(command: str, config: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert shared_folders() <= shared_before
     assert left == []
-
-
-def jsonl(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

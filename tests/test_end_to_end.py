@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 from kill_and_resume import differences, finish, kill_at
-from program import jsonl, ocrm_ray
+from program import ocrm_ray
+from synthetic_runs import read_lines
 
 from ocrm_ray.praise import VOCABULARY
 
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.real
 
 
 def events(study_dir: Path, arm: str) -> list[dict[str, object]]:
-    return jsonl(study_dir / arm / "seed-3" / "events.jsonl")
+    return read_lines(study_dir / arm / "seed-3" / "events.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,9 @@ def study_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_both_schedules_promote_corrections_with_their_lag(study_dir: Path) -> None:
     lags = {
         arm: [
-            row["lag_steps"] for row in jsonl(study_dir / arm / "seed-3" / "events.jsonl") if row["event"] == "promoted"
+            row["lag_steps"]
+            for row in read_lines(study_dir / arm / "seed-3" / "events.jsonl")
+            if row["event"] == "promoted"
         ]
         for arm in STUDY["arms"]
     }
@@ -72,7 +75,7 @@ def test_rollouts_finish_inside_every_overlapped_correction_window(study_dir: Pa
 
 def test_the_moving_anchor_is_the_snapshot_and_the_frozen_one_stays(study_dir: Path) -> None:
     anchors = {
-        arm: [row["anchor_version"] for row in jsonl(study_dir / arm / "seed-3" / "metrics.jsonl")]
+        arm: [row["anchor_version"] for row in read_lines(study_dir / arm / "seed-3" / "metrics.jsonl")]
         for arm in STUDY["arms"]
     }
     assert set(anchors["overlapped"]) == {0}
@@ -88,14 +91,14 @@ def test_engine_and_trainer_agree_after_every_publish(study_dir: Path) -> None:
 
 
 def test_every_step_has_its_line_and_evaluations_have_gold(study_dir: Path) -> None:
-    rows = jsonl(study_dir / "overlapped" / "seed-3" / "metrics.jsonl")
+    rows = read_lines(study_dir / "overlapped" / "seed-3" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(9))
     assert [row["step"] for row in rows if row["gold_mean"] is not None] == [0, 4, 8]
 
 
 def test_arms_share_their_stages_and_differ_in_nothing_before_rl(study_dir: Path) -> None:
     assert (study_dir / "shared" / "seed-3" / "reward" / "stage.json").exists()
-    first = [jsonl(study_dir / arm / "seed-3" / "metrics.jsonl")[0] for arm in STUDY["arms"]]
+    first = [read_lines(study_dir / arm / "seed-3" / "metrics.jsonl")[0] for arm in STUDY["arms"]]
     assert first[0]["gold_mean"] == first[1]["gold_mean"]
     assert first[0]["proxy_mean"] == pytest.approx(first[1]["proxy_mean"], abs=1e-6)
 
@@ -108,7 +111,7 @@ def test_the_last_policy_and_the_checkpoint_are_model_folders_that_answer(study_
         path = study_dir / "paper" / "seed-3" / folder
         model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         prompt = tokenizer(
-            jsonl(study_dir / "shared" / "seed-3" / "data" / "heldout.jsonl")[0]["text"], return_tensors="pt"
+            read_lines(study_dir / "shared" / "seed-3" / "data" / "heldout.jsonl")[0]["text"], return_tensors="pt"
         )
         torch.manual_seed(0)
         answers = model.generate(**prompt, max_new_tokens=13, do_sample=True, num_return_sequences=8)
@@ -125,7 +128,7 @@ def test_the_study_ends_with_a_table_and_reports(study_dir: Path) -> None:
 def test_ready_pairs_run_without_gold_on_two_engines(study_dir: Path, tmp_path: Path) -> None:
     shared = study_dir / "shared" / "seed-3"
     with (tmp_path / "pairs.jsonl").open("w") as file:
-        for pair in jsonl(shared / "pairs" / "train.jsonl"):
+        for pair in read_lines(shared / "pairs" / "train.jsonl"):
             texts = {side: pair[side]["text"] for side in ("chosen", "rejected")}  # type: ignore[index]
             file.write(json.dumps({"prompt": pair["prompt"], **texts}) + "\n")
     config = {
@@ -145,7 +148,7 @@ def test_ready_pairs_run_without_gold_on_two_engines(study_dir: Path, tmp_path: 
     (tmp_path / "ready.yaml").write_text(yaml.safe_dump(config))
     ocrm_ray("run", tmp_path / "ready.yaml")
     run_dir = tmp_path / "ready"
-    promoted = [row for row in jsonl(run_dir / "events.jsonl") if row["event"] == "promoted"]
+    promoted = [row for row in read_lines(run_dir / "events.jsonl") if row["event"] == "promoted"]
     assert len(promoted) >= 2
     assert all(row["lag_steps"] == 1 for row in promoted)
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -169,6 +172,6 @@ def test_a_run_that_is_killed_during_a_refit_and_resumed_equals_the_uninterrupte
     assert kill_at(killed, False, 5, lambda watch: watch.is_at("ratios_scored") and checkpoint.exists())
     finish(killed, resume=True)
     assert list(differences(tmp_path / "whole", tmp_path / "killed")) == []
-    steps = [row["step"] for row in jsonl(tmp_path / "killed" / "metrics.jsonl")]
+    steps = [row["step"] for row in read_lines(tmp_path / "killed" / "metrics.jsonl")]
     assert (steps[:6], steps[-4:]) == ([0, 1, 2, 3, 4, 5], [5, 6, 7, 8])
     assert len(steps) > 9

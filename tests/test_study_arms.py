@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from program import ROOT, jsonl, ocrm_ray
+from program import ROOT, ocrm_ray
+from synthetic_runs import read_lines
 
 pytestmark = pytest.mark.real
 
@@ -36,7 +37,7 @@ def methods_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(methods_dir: Path, arm: str, event: str) -> list[dict[str, object]]:
-    return [row for row in jsonl(methods_dir / arm / "seed-1" / "events.jsonl") if row["event"] == event]
+    return [row for row in read_lines(methods_dir / arm / "seed-1" / "events.jsonl") if row["event"] == event]
 
 
 def test_every_arm_of_a_study_ends_with_its_figures(methods_dir: Path) -> None:
@@ -57,14 +58,14 @@ def test_corrections_that_learn_from_rollouts_get_them(methods_dir: Path) -> Non
 
 
 def test_an_offline_arm_generates_nothing_but_what_is_measured(methods_dir: Path) -> None:
-    rows = jsonl(methods_dir / "wpo/seed-1/metrics.jsonl")
+    rows = read_lines(methods_dir / "wpo/seed-1/metrics.jsonl")
     assert [row["step"] for row in rows if row["gold_mean"] is not None] == [0, 2, 4, 6]
     assert all(row["rollout_tokens"] is None for row in rows)
     assert not told(methods_dir, "wpo", "correction_started")
 
 
 def test_weights_of_exponent_0_and_moves_of_length_0_give_the_trajectory_of_the_plain_refit(methods_dir: Path) -> None:
-    rows = {arm: jsonl(methods_dir / arm / "seed-1" / "metrics.jsonl") for arm in SAME}
+    rows = {arm: read_lines(methods_dir / arm / "seed-1" / "metrics.jsonl") for arm in SAME}
     for figure in ("reward_version", "reward_mean", "kl_sft", "loss", "grad_norm", "rollout_tokens", "proxy_mean"):
         known = {arm: [row[figure] for row in rows[arm] if row[figure] is not None] for arm in SAME}
         assert len(set(known["refit"])) > 1, figure

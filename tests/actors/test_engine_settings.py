@@ -10,7 +10,7 @@ from ocrm_ray.config import Policy
 
 def deepspeed_config(**policy):
     settings = EngineSettings.of(Policy(**policy), learning_rate=1e-3, dtype="float32")
-    return engine_settings._deepspeed_config(nn.Linear(3, 2), settings)
+    return engine_settings._deepspeed_config(list(nn.Linear(3, 2).parameters()), settings)
 
 
 def test_settings_of_deepspeed_are_laid_over_ours_key_by_key():

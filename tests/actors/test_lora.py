@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_several_ranks import replayed
-from tiny_models import EOS, llama_config, random_pairs, run_config, save_policy
+from test_several_ranks import SPREAD, TABLE, assert_close, build_network, replayed, train
+from tiny_models import EOS, run_config, save_policy
 from torch.func import functional_call
 
 from actors.engine_settings import EngineSettings
@@ -21,35 +21,15 @@ pytestmark = pytest.mark.real
 
 LORA = Lora(rank=3, alpha=12)
 SCALE = 4.0
-TABLE = SequenceTable([pair.chosen for pair in random_pairs(13, seed=1)], EOS, share_prompts=False)
-SPREAD = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-"""At ZeRO 3 DeepSpeed would leave tensors this small whole on every rank."""
 
 
 def make_engine(stage=0, dtype="float32", lora=LORA):
-    from transformers import LlamaForSequenceClassification
-
-    torch.manual_seed(4)
-    network = LlamaForSequenceClassification(llama_config(num_labels=1, initializer_range=0.1, pad_token_id=EOS)).eval()
     settings = EngineSettings(1e-2, 1e6, stage, dtype, max_skipped_steps=2, deepspeed=SPREAD, lora=lora)
-    return TrainingEngine(ScalarModel(network), settings)
+    return TrainingEngine(ScalarModel(build_network()), settings)
 
 
 def loss_of(forward, chunk):
     return (last_token_scores(forward, TABLE.batch(chunk)) - 1).square().sum() / len(TABLE)
-
-
-def train(engine, num_steps):
-    chunks = TABLE.chunks(np.arange(len(TABLE)), 4, 1000)
-    for _ in range(num_steps):
-        engine.accumulate(chunks, lambda chunk: loss_of(engine.forward, chunk))
-        engine.step(1.0)
-
-
-def assert_close(weights, expected, atol):
-    assert weights.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(weights[name].float(), tensor.float(), atol=atol, rtol=0, msg=name)
 
 
 def test_adapters_change_nothing_until_they_are_trained():
