@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,13 +73,16 @@ class GenerationActor(RequestDesk):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._pool = self.config.pools.generation
         self._has_joined = False
         self._local_copy = LocalCopy()
         self._engine: Any = None
         self._engine_pid = 0
         self._score_ids = itertools.count()
         self._temporary = contextlib.ExitStack()
+
+    @property
+    def _pool(self) -> GenerationPool:
+        return self.config.pools.generation
 
     async def start(self) -> None:
         """Start the engine with the folder's weights as version 0; blocks the event loop while it starts.
@@ -119,15 +122,37 @@ class GenerationActor(RequestDesk):
             score[probe_position(sequence)] = value
         return list(scores)
 
-    async def shutdown(self) -> None:
+    async def rest(self) -> None:
+        """Drop what is running; the engine stays, for the next actor here."""
+        await self.clear()
+
+    async def renew(self, *arguments: Any) -> bool:
+        """Be the actor of these ``arguments``, whether or not its model is another; False if it needs another engine.
+
+        Where requests have no seeds, the engine draws on from where it is.
+        """
+        renewed = GenerationActor(*arguments)
+        if self.by_nccl or renewed._engine_kind() != self._engine_kind():
+            return False
+        for field in fields(self):
+            setattr(self, field.name, getattr(renewed, field.name))
+        await self.load_weights(PolicyWeights(0, Path(self.model_path), 0))
+        return True
+
+    async def close(self) -> None:
         """Drop what is running and end the engine's processes."""
-        await self.abort(list(self._running))
+        await self.clear()
         self._local_copy.close()
         if self._engine is not None:
             with no_queue_left(self._engine_pid):
                 self._engine.shutdown(timeout=SHUTDOWN_GRACE_S)
             self._engine = None
         self._temporary.close()
+
+    def _engine_kind(self) -> tuple[Any, dict[str, str]]:
+        """What is the same for engines that may differ in their weights alone."""
+        described = {path.name: path.read_text("utf-8") for path in Path(self.model_path).glob("*config.json")}
+        return replace(self._engine_args(), model="", seed=0), described
 
     def _engine_args(self) -> Any:
         from vllm.config import WeightTransferConfig

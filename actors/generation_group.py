@@ -13,9 +13,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
 
-from actors.placement import Share
 from actors.ray_pool import RayPool
 from actors.remote_actor import RemoteActor
+from actors.shared_group import Share
 from ocrm_ray.config import Deadlines
 from ocrm_ray.errors import ActorDiedError, DeadlineError
 from ocrm_ray.records import FloatArray, GenerationRequest, PolicyWeights, PublishReport, Sample, Sequence
@@ -45,7 +45,7 @@ class RayGenerationPool(RayPool):
     """``GenerationPool`` over actors with the methods of ``GenerationActor``; lives on one event loop."""
 
     name = "generation"
-    farewell = "shutdown"
+    has_farewell = True
 
     def __init__(self, actors: Seq[RemoteActor], share: Share, deadlines: Deadlines) -> None:
         super().__init__(actors, share, deadlines)
@@ -125,7 +125,7 @@ class RayGenerationPool(RayPool):
                 await actor.call("load_weights", self._live, deadline_s=self.deadlines.publish_s)
             engine.is_up = True
 
-    async def close(self) -> None:
+    async def close(self, may_rest: bool = False) -> None:
         """Cancel what is open, shut the engines down, so that no process of theirs is left, and end the actors."""
         of_engines = [task for engine in self._engines for task in (engine.collecting, engine.replacing) if task]
         tasks = [*self._submitting, *of_engines]
@@ -134,7 +134,7 @@ class RayGenerationPool(RayPool):
         await asyncio.gather(*tasks, return_exceptions=True)
         for opened in self._open.values():
             opened.answer.cancel()
-        await super().close()
+        await super().close(may_rest)
 
     def _dispatch_soon(self) -> None:
         """At the end of this turn of the event loop, so that one message takes all that come in it."""

@@ -13,9 +13,9 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
-from actors.placement import Share
 from actors.ray_pool import RayPool, together
 from actors.remote_actor import RemoteActor
+from actors.shared_group import Share
 from ocrm_ray.config import Deadlines
 from ocrm_ray.errors import ActorDiedError, RunError
 from ocrm_ray.pools import Cluster, Evaluator, PolicyPool
@@ -79,7 +79,7 @@ class RayPolicyPool(RayPool):
     """``PolicyPool`` over ``PolicyActor``s: data-parallel ranks, which take every call together."""
 
     name = "policy"
-    farewell = "close"
+    has_farewell = True
     before_release: Callable[[PolicyWeights], Awaitable[None]] | None = None
     """Told whose place is about to be written again."""
 

@@ -1,19 +1,21 @@
 """The driver: starts Ray and the coordinator's actor, and shows progress until it is done."""
 
 import asyncio
+import functools
 import json
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.placement import COORDINATOR, alone
+from actors.placement import COORDINATOR
 from actors.ray_pool import RayPool
 from actors.remote_actor import ActorSpec
 from actors.session import ray_session
+from actors.shared_group import alone
 from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import study_runs
 from ocrm_ray.progress import ProgressDisplay, ProgressState
@@ -25,7 +27,7 @@ class CoordinatorPool(RayPool):
     """The one actor that holds the coordinator."""
 
     name = "coordinator"
-    farewell = "stop"
+    has_farewell = True
 
 
 def run(config: RunConfig, resume: bool) -> str:
@@ -38,7 +40,7 @@ def run(config: RunConfig, resume: bool) -> str:
     if resume and (config.run_dir / "summary.json").exists():
         return f"this run is done\nreport: {report}"
     with ray_session(config.name) as shared_memory, ProgressDisplay() as display:
-        summary = _run_to_the_end(config, shared_memory, display, arm=None)
+        (summary,) = _run_in_turn([("", config)], shared_memory, display)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float))
     return f"{figures}\nreport: {report}"
 
@@ -54,53 +56,58 @@ def run_study(study: StudyConfig, num_jobs: int = 1) -> str:
         run_side_by_side(runs, num_jobs, lambda: write_study(folder, study))
     elif runs:
         with ray_session(study.name) as shared_memory, ProgressDisplay() as display:
-            for arm, seed, config in runs:
-                _run_to_the_end(config, shared_memory, display, arm=f"{arm} seed {seed}")
-                write_study(folder, study)
+            named = [(f"{arm} seed {seed}", config) for arm, seed, config in runs]
+            _run_in_turn(named, shared_memory, display, lambda: write_study(folder, study))
     page = write_study(folder, study)
     table = study_table(json.loads((folder / "study.json").read_text(encoding="utf-8")))
     return f"{table}\nreport: {page}"
 
 
-def _run_to_the_end(
-    config: RunConfig, shared_memory: Path, display: ProgressDisplay, arm: str | None
-) -> dict[str, object]:
-    """The run's summary. Ctrl-C or SIGTERM ends it behind a step and its checkpoint, a second one now; both as
-    KeyboardInterrupt."""
+def _run_in_turn(
+    runs: Sequence[tuple[str, RunConfig]],
+    shared_memory: Path,
+    display: ProgressDisplay,
+    report: Callable[[], object] = lambda: None,
+) -> list[dict[str, object]]:
+    """The summaries of named runs; ``report()`` after each.
+
+    Ctrl-C or SIGTERM ends a run behind a step and its checkpoint, a second one now; both as KeyboardInterrupt.
+    """
     try:
-        summary = asyncio.run(_run(config, shared_memory, display, arm))
+        return asyncio.run(_run(runs, shared_memory, display, report))
     except asyncio.CancelledError as error:
         raise KeyboardInterrupt from error
-    if summary is None:
-        raise KeyboardInterrupt
-    return summary
 
 
 async def _run(
-    config: RunConfig, shared_memory: Path, display: ProgressDisplay, arm: str | None
-) -> dict[str, object] | None:
-    """Run the coordinator's actor to its end and return its summary; its own error is raised here."""
-    spec = ActorSpec(
-        "coordinator",
-        "actors.ray_cluster:RunActor",
-        (config, shared_memory),
-        threads=1,
-        asynchronous=True,
-        secrets=config.secrets,
-    )
+    runs: Sequence[tuple[str, RunConfig]], shared_memory: Path, display: ProgressDisplay, report: Callable[[], object]
+) -> list[dict[str, object]]:
+    """Have one coordinator's actor do all runs, which so go on with one another's processes; its own error is raised
+    here."""
 
     def tell(name: str, missing: str | None) -> None:
-        display.update(ProgressState(stage="start", arm=arm, note=f"waiting: {missing}" if missing else ""))
+        display.update(ProgressState(stage="start", note=f"waiting: {missing}" if missing else ""))
 
-    share = alone(CoordinatorPool.name, [COORDINATOR], tell)
-    coordinator = await CoordinatorPool.start_in(share, [spec], config.deadlines)
-    actor, deadline_s = coordinator.actors[0], config.deadlines.request_s
+    secrets = tuple(dict.fromkeys(secret for _, config in runs for secret in config.secrets))
+    path = "actors.ray_cluster:RunActor"
+    spec = ActorSpec("coordinator", path, (shared_memory,), threads=1, asynchronous=True, secrets=secrets)
+    share, deadlines = alone(CoordinatorPool.name, [COORDINATOR], tell), runs[0][1].deadlines
+    coordinator = await CoordinatorPool.start_in(share, [spec], deadlines)
+    actor, summaries = coordinator.actors[0], []
+
+    def show(arm: str, state: ProgressState) -> None:
+        display.update(replace(state, arm=arm or None))
+
     try:
-        with _finished_at_the_first_signal(lambda: actor.call("finish", deadline_s=deadline_s)):
-            summary: dict[str, object] | None = await actor.watch(
-                "run", lambda state: display.update(replace(state, arm=arm)), deadline_s
-            )
-        return summary
+        with _finished_at_the_first_signal(lambda: actor.call("finish", deadline_s=deadlines.request_s)):
+            for arm, config in runs:
+                tell_arm, deadline_s = functools.partial(show, arm), config.deadlines.request_s
+                summary = await actor.watch("run", config, tell=tell_arm, deadline_s=deadline_s)
+                if summary is None:
+                    raise KeyboardInterrupt
+                summaries.append(summary)
+                report()
+        return summaries
     finally:
         await coordinator.close()
 

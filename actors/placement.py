@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import secrets
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
@@ -214,53 +213,6 @@ def log_wait(group: str, missing: str | None) -> None:
     """Of a wait for a place; nothing of its end."""
     if missing is not None:
         logger.info("%s", missing)
-
-
-class SharedGroup:
-    """A placement group that the first pool in it reserves, and the last one frees."""
-
-    def __init__(self, request: GroupRequest, tell: Tell = log_wait) -> None:
-        self._request, self._tell = request, tell
-        self._lock = asyncio.Lock()
-        self._num_inside = 0
-
-    async def enter(self, deadline_s: float) -> PlacementGroup:
-        """The group, once it is there. DeadlineError as ``place``."""
-        started = time.monotonic()
-        async with self._lock:
-            if self._num_inside == 0:
-                left_s = max(0.0, started + deadline_s - time.monotonic())
-                self._group = await place(self._request, left_s, self._tell)
-            self._num_inside += 1
-            return self._group
-
-    def leave(self) -> None:
-        self._num_inside -= 1
-        if self._num_inside == 0:
-            remove_placement_group(self._group)
-
-
-@dataclass(frozen=True)
-class Share:
-    """Of a placement group the bundles of one pool: from ``first`` on, in its order."""
-
-    group: SharedGroup
-    first: int = 0
-
-
-def alone(name: str, bundles: Seq[Bundle], tell: Tell = log_wait) -> Share:
-    """Of a group with nothing else in it."""
-    return Share(SharedGroup(GroupRequest(name, tuple(Slot(name, bundle) for bundle in bundles)), tell))
-
-
-def shares(requests: Seq[GroupRequest], tell: Tell) -> dict[str, Share]:
-    """Every pool's, of groups that are not reserved yet."""
-    found: dict[str, Share] = {}
-    for request in requests:
-        group = SharedGroup(request, tell)
-        for bundle, slot in enumerate(request.slots):
-            found.setdefault(slot.pool, Share(group, bundle))
-    return found
 
 
 async def place(request: GroupRequest, deadline_s: float, tell: Tell) -> PlacementGroup:

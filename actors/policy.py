@@ -297,8 +297,10 @@ class PolicyActor:
                 self._engine.save(self._tokenizer, self.run_dir / name, tensors)
 
     def close(self) -> None:
-        """Free the engines."""
+        """Free the engines, and the place of exported weights."""
         self._engine.close()
+        if self._exporter is not None:
+            self._exporter.close()
         for critic in (self._critic, self._staged[1] if self._staged else None):
             if critic is not None:
                 critic.close()

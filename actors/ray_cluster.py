@@ -14,10 +14,11 @@ import ray
 from actors.generation import engine_environment
 from actors.generation_group import RayGenerationPool
 from actors.groups import RayEvaluator, RayPolicyPool, RayRewardPool, RayScoringPool
-from actors.placement import Tell, log_wait, plan_groups, shares
+from actors.placement import log_wait, plan_groups
 from actors.ray_metrics import RunMetrics
 from actors.ray_pool import RayPool, together
 from actors.remote_actor import ActorSpec, ranks_of
+from actors.shared_group import StandingGroups
 from ocrm_ray.checkpoints import Checkpoint, reward_folder
 from ocrm_ray.config import RunConfig
 from ocrm_ray.metrics import Observer
@@ -66,15 +67,16 @@ class RayCluster:
         config: RunConfig,
         shared_memory: Path,
         observe: Observer,
+        groups: StandingGroups,
         saved: Checkpoint | None,
-        tell: Tell = log_wait,
     ) -> None:
-        """``saved``: from which the pools of a resumed run go on. ``tell``: of a wait for a place."""
+        """``groups``: where the pools are. ``saved``: from which those of a resumed run go on."""
         self.observe = observe
         self.config = config
         self.saved = saved
         self.paths = stage_paths(config)
-        self._shares = shares(plan_groups(config.pools), tell)
+        self._groups = groups
+        self._shares = groups.shares(plan_groups(config.pools))
         self._shared_memory = shared_memory
         self._started: dict[str, asyncio.Task[RayPool]] = {}
 
@@ -113,7 +115,7 @@ class RayCluster:
             show(ProgressState(stage=stage, done=progress[0], total=progress[1], unit="steps"))
 
         first, *others = trainer.actors
-        calls = [first.watch(method, tell, deadlines.request_s)]
+        calls = [first.watch(method, tell=tell, deadline_s=deadlines.request_s)]
         try:
             return (await together([*calls, *(other.call(method, deadline_s=None) for other in others)]))[0]
         finally:
@@ -135,13 +137,15 @@ class RayCluster:
         for starting in self._started.values():
             (await starting).emit = emit
 
-    async def close(self) -> None:
-        """End every pool, also one that is only starting."""
+    async def close(self, is_done: bool = False) -> None:
+        """End every pool, also one that is only starting; where the run ``is_done``, processes stay in their groups."""
         tasks = list(self._started.values())
         for task in tasks:
             task.cancel()
         pools = await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(pool.close() for pool in pools if isinstance(pool, RayPool)))
+        await asyncio.gather(*(pool.close(may_rest=is_done) for pool in pools if isinstance(pool, RayPool)))
+        if not is_done:
+            await self._groups.end()
 
     async def _once(self, kind: type[PoolType]) -> PoolType:
         """The pool of this kind, started at the first call."""
@@ -229,33 +233,34 @@ class RayCluster:
 
 
 class RunActor:
-    """One run, from its configuration to its report."""
+    """Runs, each from its configuration to its report: one after the other, on the same processes where it can be."""
 
-    def __init__(self, config: RunConfig, shared_memory: Path) -> None:
-        """``shared_memory``: the run's folder for weights on their way."""
-        self._config = config
+    def __init__(self, shared_memory: Path) -> None:
+        """``shared_memory``: the session's folder for weights on their way."""
         self._shared_memory = shared_memory
+        self._groups = StandingGroups(self._tell_wait)
         self._state = ProgressState(stage="start")
         self._waits: dict[str, str] = {}
         self._running: asyncio.Task[dict[str, object] | None] | None = None
-        self._stopping, self._ended = asyncio.Event(), asyncio.Event()
+        self._stopping = asyncio.Event()
 
     async def start(self) -> None:
         """Nothing to load."""
 
-    async def run(self) -> dict[str, object] | None:
-        """The whole run; returns its summary, None if it was to ``finish``. Whatever happens, the pools are ended."""
-        metrics = RunMetrics(str(self._config.run_dir))
-        start = functools.partial(RayCluster, self._config, self._shared_memory, metrics.observe, tell=self._tell_wait)
-        self._running = asyncio.create_task(run_with_restarts(self._config, start, self._show, self._stopping))
+    async def run(self, config: RunConfig) -> dict[str, object] | None:
+        """A whole run; returns its summary, None if it was to ``finish``. Whatever happens, its pools are closed."""
+        if self._stopping.is_set():
+            return None
+        self._state = ProgressState(stage="start")
+        metrics = RunMetrics(str(config.run_dir))
+        start = functools.partial(RayCluster, config, self._shared_memory, metrics.observe, self._groups)
+        self._running = asyncio.create_task(run_with_restarts(config, start, self._show, self._stopping))
         try:
             return await self._running
         except asyncio.CancelledError:
             if not self._stopping.is_set():
                 raise
             return None
-        finally:
-            self._ended.set()
 
     async def finish(self) -> None:
         """End RL behind the update that goes on, with a checkpoint; what is not RL ends now."""
@@ -263,11 +268,12 @@ class RunActor:
         if self._state.stage != RL and self._running is not None:
             self._running.cancel()
 
-    async def stop(self) -> None:
-        """End a run that goes on: engines that are only killed leave shared memory behind."""
+    async def close(self) -> None:
+        """End a run that goes on, and what the last one left: engines that are killed leave shared memory behind."""
         if self._running is not None:
             self._running.cancel()
-            await self._ended.wait()
+            await asyncio.wait([self._running])
+        await self._groups.end()
 
     async def progress(self) -> ProgressState:
         """Where the run is now, and which pools wait for a place."""

@@ -8,8 +8,9 @@ from collections.abc import Callable, Coroutine, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any, ClassVar, Self, TypeVar
 
-from actors.placement import Bundle, Share, alone
-from actors.remote_actor import ActorSpec, Place, RemoteActor
+from actors.placement import Bundle
+from actors.remote_actor import ActorSpec, RemoteActor
+from actors.shared_group import Share, alone
 from ocrm_ray.config import Deadlines
 from ocrm_ray.errors import ActorDiedError
 
@@ -17,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-_FAREWELL_S = 20.0
 _DEATH_S = 30.0
 """In which Ray finds an actor dead whose peers have noticed already."""
 
@@ -25,12 +25,12 @@ _DEATH_S = 30.0
 class RayPool:
     """The actors of a pool, in the order of their specs, in one placement group, maybe with another pool's.
 
-    ``farewell`` is the method by which an actor ends what it has started, if it has one. An actor that died is replaced
-    by another process, ``max_replacements`` times; ``emit(event, **fields)`` is told.
+    ``has_farewell``: an actor has something to end by itself. An actor that died is replaced by another process,
+    ``max_replacements`` times; ``emit(event, **fields)`` is told.
     """
 
     name: ClassVar[str]
-    farewell: ClassVar[str | None] = None
+    has_farewell: ClassVar[bool] = False
 
     def __init__(self, actors: Seq[RemoteActor], share: Share, deadlines: Deadlines) -> None:
         self.actors = tuple(actors)
@@ -54,15 +54,18 @@ class RayPool:
         Raises the first actor's own error, ActorDiedError or DeadlineError; nothing of the pool is then left.
         """
         started = time.monotonic()
-        group = await share.group.enter(deadlines.start_s)
+        await share.group.enter(deadlines.start_s)
         actors: list[RemoteActor] = []
         try:
-            actors.extend(RemoteActor(spec, Place(group, share.first + number)) for number, spec in enumerate(specs))
+            for bundle, spec in enumerate(specs, share.first):
+                actors.append(await share.group.seat(bundle, spec))
             left_s = max(0.0, started + deadlines.start_s - time.monotonic())
             groups = (actors[start : start + a.num_ranks] for start, a in enumerate(actors) if a.rank == 0)
             await asyncio.gather(*(_start_together(group, left_s) for group in groups))
         except BaseException:
-            _end(actors, share)
+            for actor in actors:
+                actor.kill()
+            share.group.leave()
             raise
         return cls(actors, share, deadlines)
 
@@ -107,16 +110,22 @@ class RayPool:
     async def catch_up(self, actor: RemoteActor) -> None:
         """Tell a new process what the others of the pool were told since they started."""
 
-    async def close(self) -> None:
-        """End every actor, with 20 s for its farewell, and free the place.
-
-        An actor that fails its farewell, or is dead already, is logged: an end must not hide why it was needed.
-        """
+    async def close(self, may_rest: bool = False) -> None:
+        """End every actor, with 20 s for its farewell, and leave the place; or let it rest in a place that stays."""
+        group, ended = self._share.group, set(self.actors)
         try:
-            if self.farewell is not None:
-                await asyncio.gather(*(_say(actor, self.farewell) for actor in self.actors))
+            if may_rest and group.stays:
+                resting = zip(self.actors, await asyncio.gather(*(actor.rest() for actor in self.actors)), strict=True)
+                ended -= {actor for actor, rests in resting if rests}
+            if self.has_farewell:
+                await asyncio.gather(*(actor.close() for actor in ended))
         finally:
-            _end(self.actors, self._share)
+            for bundle, actor in enumerate(self.actors, self._share.first):
+                if actor in ended:
+                    actor.kill()
+                else:
+                    group.keep(bundle, actor)
+            group.leave()
 
 
 def _log_event(event: str, **fields: object) -> None:
@@ -152,16 +161,3 @@ async def _wait_until_ready(actor: RemoteActor, deadline_s: float, meeting: tupl
     started = time.monotonic()
     await actor.start(deadline_s, meeting)
     logger.info("actor %s is ready after %.1f s", actor.role, time.monotonic() - started)
-
-
-async def _say(actor: RemoteActor, farewell: str) -> None:
-    try:
-        await actor.call(farewell, deadline_s=_FAREWELL_S)
-    except Exception as error:
-        logger.warning("actor %s did not end by itself: %s", actor.role, error)
-
-
-def _end(actors: Seq[RemoteActor], share: Share) -> None:
-    for actor in actors:
-        actor.kill()
-    share.group.leave()

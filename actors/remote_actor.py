@@ -5,10 +5,13 @@ that the coordinator stays free of torch, vllm and deepspeed.
 """
 
 import asyncio
+import gc
+import logging
 import os
 import pkgutil
 import re
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -21,6 +24,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ocrm_ray.errors import ActorDiedError, DeadlineError, RunError
 
+logger = logging.getLogger(__name__)
+
+FAREWELL_S = 20.0
+"""For an actor to end what it has started."""
 PROGRESS_S = 0.5
 """Between questions how far an actor is."""
 _FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR")
@@ -77,37 +84,51 @@ def actor_environment(spec: ActorSpec, environ: Mapping[str, str]) -> dict[str, 
 class ActorHost:
     """Runs one actor with synchronous methods; its calls are answered one after the other, in order."""
 
-    def __init__(self, spec: ActorSpec, secrets: Mapping[str, str]) -> None:
-        self._spec = spec
+    def __init__(self, role: str, secrets: Mapping[str, str]) -> None:
+        self._role = role
         self._secrets = secrets
+        self._actor: Any = None
 
     def __repr__(self) -> str:
-        return self._spec.role
+        return self._role
 
     def meeting_point(self) -> tuple[str, int]:
         """For the ranks of which this is the first."""
         return meeting_point()
 
-    def start(self, meeting: tuple[str, int] | None = None) -> None:
+    def start(self, spec: ActorSpec, meeting: tuple[str, int] | None = None) -> None:
         """Import and build the class ``module:name``, then call its ``start``; ``meeting``: where its ranks meet.
 
         Not done by the constructor: Ray reports what a constructor raises as the death of the actor.
         """
         if meeting is not None:
-            values = self._spec.rank, self._spec.num_ranks, 0, *meeting
+            values = spec.rank, spec.num_ranks, 0, *meeting
             names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
             os.environ.update(zip(names, map(str, values), strict=True))
-        self._build().start()
+        self._build(spec).start()
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """Call ``method`` of the actor."""
         return getattr(self._actor, method)(*arguments)
 
-    def _build(self) -> Any:
+    def rest(self) -> None:
+        """Free all but the process and what it has imported, until another actor is started here."""
+        self.close()
+        self._actor = None
+        gc.collect()
+        if "torch" in sys.modules:  # not imported here
+            sys.modules["torch"].cuda.empty_cache()
+
+    def close(self) -> None:
+        """Let the actor, if there is one, end what it has started."""
+        if hasattr(self._actor, "close"):
+            self._actor.close()
+
+    def _build(self, spec: ActorSpec) -> Any:
         os.environ.update(self._secrets)
-        if self._spec.yields:
+        if spec.yields:
             yield_to_others()
-        self._actor = pkgutil.resolve_name(self._spec.path)(*self._spec.arguments)
+        self._actor = pkgutil.resolve_name(spec.path)(*spec.arguments)
         return self._actor
 
 
@@ -121,13 +142,27 @@ def yield_to_others() -> None:
 
 
 class AsyncActorHost(ActorHost):
-    """Runs one actor whose methods are coroutines; its calls are answered side by side on one event loop."""
+    """Runs one actor whose methods are coroutines; its calls are answered side by side on one event loop.
 
-    async def start(self, meeting: None = None) -> None:  # type: ignore[override]
-        await self._build().start()
+    An actor that rests stays, and is ``renewed`` by the arguments of the next one, if it can be.
+    """
+
+    async def start(self, spec: ActorSpec, meeting: None = None) -> None:  # type: ignore[override]
+        if self._actor is not None:
+            if await self._actor.renew(*spec.arguments):
+                return
+            await self._actor.close()
+        await self._build(spec).start()
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         return await getattr(self._actor, method)(*arguments)
+
+    async def rest(self) -> None:  # type: ignore[override]
+        await self._actor.rest()
+
+    async def close(self) -> None:  # type: ignore[override]
+        if self._actor is not None:
+            await self._actor.close()
 
 
 @dataclass(frozen=True)
@@ -141,15 +176,17 @@ class Place:
 class RemoteActor:
     """A spawned actor. Its handle never leaves this module."""
 
-    def __init__(self, spec: ActorSpec, place: Place) -> None:
-        """Start its process; ``start`` waits for it."""
+    def __init__(self, spec: ActorSpec, place: Place, kept: "RemoteActor | None" = None) -> None:
+        """Start its process, or go on with that of ``kept``, which rests; ``start`` waits for it."""
         self.role = spec.role
         self.rank, self.num_ranks = spec.rank, spec.num_ranks
         self.num_replaced = 0
         """Processes before this one."""
         self._spec = spec
         self._place = place
-        self._handle = _spawn(spec, place)
+        self._is_inherited = kept is not None
+        self._handle: Any = _spawn(spec, place) if kept is None else kept._handle
+        self._unanswered: set[Any] = set()
 
     async def meeting_point(self, deadline_s: float) -> tuple[str, int]:
         """As the host says."""
@@ -157,8 +194,15 @@ class RemoteActor:
         return found
 
     async def start(self, deadline_s: float, meeting: tuple[str, int] | None = None) -> None:
-        """Build the actor in its process and wait until it is ready."""
-        await self._answer(self._handle.start.remote(meeting), "start", deadline_s)
+        """Build the actor in its process and wait until it is ready; a process that died at rest is replaced."""
+        try:
+            await self._answer(self._handle.start.remote(self._spec, meeting), "start", deadline_s)
+        except ActorDiedError:
+            if not self._is_inherited:
+                raise
+            self.kill()
+            self._is_inherited, self._handle = False, _spawn(self._spec, self._place)
+            await self.start(deadline_s, meeting)
 
     async def call(self, method: str, *arguments: Any, deadline_s: float | None) -> Any:
         """Answer of ``method(*arguments)``; ``deadline_s`` None only where the caller keeps the deadline itself.
@@ -168,9 +212,9 @@ class RemoteActor:
         remote = self._handle.call.options(name=f"{self.role}.{method}").remote
         return await self._answer(remote(method, arguments), method, deadline_s)
 
-    async def watch(self, method: str, tell: Callable[[Any], None], deadline_s: float) -> Any:
-        """Answer of ``method``, however long it takes; meanwhile ``tell`` gets what ``progress`` answers."""
-        running = asyncio.ensure_future(self.call(method, deadline_s=None))
+    async def watch(self, method: str, *arguments: Any, tell: Callable[[Any], None], deadline_s: float) -> Any:
+        """As ``call``, however long it takes; meanwhile ``tell`` gets what ``progress`` answers within its deadline."""
+        running = asyncio.ensure_future(self.call(method, *arguments, deadline_s=None))
         try:
             while not (await asyncio.wait({running}, timeout=PROGRESS_S))[0]:
                 tell(await self.call("progress", deadline_s=deadline_s))
@@ -184,14 +228,44 @@ class RemoteActor:
         self.num_replaced += 1
         self._handle = _spawn(self._spec, self._place)
 
+    def is_of_kind(self, spec: ActorSpec) -> bool:
+        """Whether the process of this actor could be that of ``spec``: only what it is built with may differ."""
+        return replace(self._spec, arguments=()) == replace(spec, arguments=())
+
+    async def rest(self) -> bool:
+        """Free what the actor holds; whether its process can then be another one's.
+
+        Not while it answers a call, for which it has 20 s, nor as a rank of several, who met once.
+        """
+        if self.num_ranks > 1 or (self._unanswered and (await asyncio.wait(self._unanswered, timeout=FAREWELL_S))[1]):
+            return False
+        return await self._part("rest")
+
+    async def close(self) -> None:
+        """Let the actor end what it has started, for 20 s at most; its process is still to be killed."""
+        await self._part("close")
+
     def kill(self) -> None:
         """End the process at once."""
         ray.kill(self._handle)
 
+    async def _part(self, method: str) -> bool:
+        """Ask the host; whether it did. An actor that fails at its end is logged: it must not hide why it ends."""
+        try:
+            await self._answer(getattr(self._handle, method).remote(), method, FAREWELL_S)
+        except Exception as error:
+            logger.warning("actor %s did not end by itself: %s", self.role, error)
+            return False
+        return True
+
     async def _answer(self, answer: Any, method: str, deadline_s: float | None) -> Any:
+        answered = asyncio.ensure_future(answer)
+        if deadline_s is not None:
+            self._unanswered.add(answered)
+            answered.add_done_callback(self._unanswered.discard)
         try:
             async with asyncio.timeout(deadline_s) as deadline:
-                return await answer
+                return await asyncio.shield(answered)
         except RayTaskError as error:
             raise _own_error(error, f"{self.role}.{method}") from None
         except (RayActorError, ObjectLostError) as error:  # lost: with the process that had put it there
@@ -225,5 +299,5 @@ def _spawn(spec: ActorSpec, place: Place) -> Any:
             runtime_env={"env_vars": actor_environment(spec, os.environ)},
         )
         # secrets travel as an argument: Ray writes runtime environments to its logs
-        .remote(spec, {name: os.environ[name] for name in (*_SECRETS, *spec.secrets) if name in os.environ})
+        .remote(spec.role, {name: os.environ[name] for name in (*_SECRETS, *spec.secrets) if name in os.environ})
     )

@@ -14,7 +14,7 @@ class RequestDesk:
 
     def __init__(self) -> None:
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._finished: asyncio.Queue[tuple[str, tuple[Sample, ...] | Exception]] = asyncio.Queue()
+        self._finished: asyncio.Queue[tuple[str, tuple[Sample, ...] | Exception] | None] = asyncio.Queue()
 
     async def sample(self, request: GenerationRequest) -> tuple[Sample, ...]:
         raise NotImplementedError
@@ -26,11 +26,14 @@ class RequestDesk:
             self._running[request.request_id] = asyncio.create_task(self._answer(request))
 
     async def collect(self) -> list[tuple[str, tuple[Sample, ...] | Exception]]:
-        """Wait until at least one submitted request is finished; (request_id, samples or its error) of all that are."""
+        """Wait until at least one submitted request is finished; (request_id, samples or its error) of all that are.
+
+        None of them, once the desk is cleared.
+        """
         results = [await self._finished.get()]
         while not self._finished.empty():
             results.append(self._finished.get_nowait())
-        return results
+        return [result for result in results if result is not None]
 
     async def abort(self, request_ids: list[str]) -> None:
         """Drop submitted requests; ``collect`` never returns them. One that is already finished stays so."""
@@ -38,6 +41,12 @@ class RequestDesk:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def clear(self) -> None:
+        """Drop all that was submitted, and what is finished."""
+        await self.abort(list(self._running))
+        self._finished.put_nowait(None)  # to whoever waits in ``collect``
+        self._finished = asyncio.Queue()
 
     async def _answer(self, request: GenerationRequest) -> None:
         try:

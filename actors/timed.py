@@ -69,7 +69,7 @@ class TimedEngine(TimedActor, RequestDesk):
         self._version = 0
         self._paused_s = self._paused_until = 0.0
 
-    shutdown, score = TimedActor.start, TimedActor.logprobs
+    close, score = TimedActor.start, TimedActor.logprobs
 
     async def load_weights(self, weights: records.PolicyWeights) -> records.PublishReport:
         """Running requests stand still for the last ``pause_s`` of it, and go on under the new version."""

@@ -58,17 +58,31 @@ class WeightReceiver:
             self._shadow.hand_over()
             return 0.0
         started = time.monotonic()
-        with self._reader.read(self._weights) as tensors:
+        with self._read() as tensors:
             self.model_runner.reload_weights(weights_iterator=iter(tensors.items()))
         return time.monotonic() - started
 
     def _prepare(self) -> tuple[float, float]:
         started = time.monotonic()
-        with self._reader.read(self._weights) as tensors:
+        with self._read() as tensors:
             self._refuse_missing_head(tensors)
             checked = time.monotonic()
             self._load(tensors)
         return checked - started, time.monotonic() - checked
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[Mapping[str, Tensor]]:
+        """The weights, also those of a model's folder, under the names that they are exported with."""
+        path, settings = self._weights.path, self.model_runner.model_config
+        if path.is_dir():
+            from ocrm_ray.networks import load_causal_lm
+
+            self._reader = WeightReader()  # what another run exported is mapped no longer
+            dtype, trust = str(settings.dtype).removeprefix("torch."), settings.trust_remote_code
+            yield load_causal_lm(path, dtype=dtype, trust_remote_code=trust).network.state_dict()  # type: ignore[arg-type]
+            return
+        with self._reader.read(self._weights) as tensors:
+            yield tensors
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         if self._shadow is not None:

@@ -120,6 +120,11 @@ class WeightExporter:
         if weights.version in self._held:
             self._free.append(self._held.pop(weights.version))
 
+    def close(self) -> None:
+        """Remove every segment, held or not."""
+        for path, _ in (*self._free, *self._held.values()):
+            path.unlink(missing_ok=True)
+
     def send(self, weights: PolicyWeights) -> None:
         """The trainer's part of getting ``weights`` into engines: here they read for themselves."""
 

@@ -203,5 +203,5 @@ class Cluster(Protocol):
     async def listen(self, emit: Callable[..., None]) -> None:
         """``emit(event, **fields)`` is told from now on what becomes of the pools' processes."""
 
-    async def close(self) -> None:
-        """End every process."""
+    async def close(self, is_done: bool = False) -> None:
+        """End every process; ``is_done``: but those that another run can go on with, for this one went well."""

@@ -74,15 +74,16 @@ async def run_with_restarts(
     async with run_lease(config.run_dir, config.lease):
         while True:
             forget_unsaved(config.run_dir)
-            cluster = start(newest(config.run_dir))
+            cluster, summary = start(newest(config.run_dir)), None
             try:
-                return await run_to_the_end(config, cluster, show, stopping, restarts)
+                summary = await run_to_the_end(config, cluster, show, stopping, restarts)
+                return summary
             except (ActorDiedError, DeadlineError) as error:
                 if len(restarts) == config.faults.max_restarts:
                     raise
                 restarts.append(str(error))
             finally:
-                await cluster.close()
+                await cluster.close(is_done=summary is not None)
 
 
 async def run_to_the_end(

@@ -44,7 +44,8 @@ class DummyEngine:
                 self.finished.put_nowait((request.request_id, answer_to(request, self.version)))
 
     async def collect(self):
-        return [await self.finished.get()]
+        answer = await self.finished.get()
+        return [answer] if answer else []
 
     async def abort(self, request_ids):
         self.aborted += request_ids
@@ -62,7 +63,14 @@ class DummyEngine:
     async def score(self, sequences):
         return [np.full(len(sequence.response_ids), self.pause_s, dtype=np.float32) for sequence in sequences]
 
-    async def shutdown(self):
+    async def rest(self):
+        self.finished.put_nowait(None)
+        self.finished = asyncio.Queue()
+
+    async def renew(self, pause_s=0.0, grave=None):
+        return pause_s == self.pause_s
+
+    async def close(self):
         if self.grave is not None:
             Path(self.grave).write_text("shut down")
 
@@ -79,6 +87,9 @@ class DummyPolicy:
 
     def close(self):
         pass
+
+    def process_id(self):
+        return os.getpid()
 
     def update(self, rollouts):
         if rollouts == [HANG]:

@@ -24,7 +24,7 @@ class OpenCluster:
         self.saved = saved
         self.is_closed = False
 
-    async def close(self) -> None:
+    async def close(self, is_done: bool) -> None:
         self.is_closed = True
 
 

@@ -1,7 +1,9 @@
 """The generation actor with a real engine: one tiny Llama, started once for the module."""
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -157,7 +159,7 @@ def bench(tmp_path_factory):
         fresh = WeightPublisher(actor, TorchPolicy(folder, files), Probe(), lambda event, **fields: None)
         bench.fresh_gap = loop.run_until_complete(fresh.start(_sequences(8)))
         yield bench
-        loop.run_until_complete(actor.shutdown())
+        loop.run_until_complete(actor.close())
     loop.close()
 
 
@@ -402,6 +404,39 @@ def test_weights_that_are_not_what_was_sent_leave_the_engine_running_on_the_old_
     with pytest.raises(RunError, match=f"could not take version {weights.version}"):
         bench.run(bench.actor.load_weights(weights))
     np.testing.assert_array_equal(bench.run(bench.actor.score(_sequences(8))), before)
+
+
+def test_a_renewed_actor_has_its_own_models_weights_in_the_engine_that_was_there(bench, tmp_path):
+    other = TorchPolicy(bench.folder, bench.files)
+    other.step(0.1)
+    shutil.copytree(bench.folder, tmp_path, dirs_exist_ok=True)
+    other.model.save_pretrained(tmp_path)
+    actor = bench.actor
+    arguments = actor.config, 0, str(tmp_path), MAX_MODEL_LEN, False, actor.worker_extension
+    pid, known = actor._engine_pid, bench.run(actor.score(_sequences(8)))
+    bench.run(actor.rest())
+    try:
+        assert bench.run(actor.renew(*arguments))
+        assert actor._engine_pid == pid
+        found = bench.run(actor.score(_sequences(8)))
+        np.testing.assert_allclose(found, bench.run(other.logprobs(_sequences(8))), atol=2e-4)
+        assert np.abs(np.array(found) - np.array(known)).max() > 0.1
+        (samples,) = bench.generate([_request("renewed")])
+        assert {(sample.first_version, sample.last_version) for sample in samples} == {(0, 0)}
+    finally:
+        assert bench.run(actor.renew(actor.config, 0, str(bench.folder), *arguments[3:]))
+
+
+def test_an_actor_that_needs_another_engine_is_not_renewed(bench, tmp_path):
+    actor = bench.actor
+    shutil.copytree(bench.folder, tmp_path / "other")
+    settings = json.loads((tmp_path / "other/generation_config.json").read_text())
+    settings["eos_token_id"] = settings["eos_token_id"][:1]
+    (tmp_path / "other/generation_config.json").write_text(json.dumps(settings))
+    rest = False, actor.worker_extension
+    for number, folder, length in ((0, tmp_path / "other", MAX_MODEL_LEN), (0, bench.folder, MAX_MODEL_LEN - 1)):
+        assert not bench.run(actor.renew(actor.config, number, str(folder), length, *rest))
+    assert actor.model_path == str(bench.folder)
 
 
 def test_an_engine_that_dies_while_it_takes_weights_is_reported(bench):

@@ -16,9 +16,10 @@ from ray.util import placement_group_table
 from actors import placement
 from actors.generation_group import RayGenerationPool
 from actors.groups import PAIR_CHUNK, RayPolicyPool, RayRewardPool, RayScoringPool, split_evenly
-from actors.placement import GroupRequest, Slot, alone, log_wait, plan_groups, shares
+from actors.placement import GroupRequest, Slot, plan_groups
 from actors.remote_actor import ActorSpec
 from actors.session import LOOPBACK, log_folder, ray_session
+from actors.shared_group import Share, SharedGroup, StandingGroups, alone
 from ocrm_ray.config import Deadlines, Pool, Pools, RewardPool
 from ocrm_ray.errors import ActorDiedError, DeadlineError, Problem, RunError, UserError
 from ocrm_ray.records import GenerationRequest, PolicyWeights, Prompt, RefitReport, RefitRequest, Sequence
@@ -299,7 +300,7 @@ def test_a_user_error_survives_pickling_with_its_problems():
 )
 def test_a_policy_that_hangs_or_dies_is_named(runner, lever, error, message):
     pool = start(runner, RayPolicyPool, ("DummyPolicy", (0,)), deadlines=HASTY if lever is HANG else DEADLINES)
-    pool.farewell = None
+    pool.has_farewell = False
     with pytest.raises(error, match=message):
         runner.run(pool.update([lever]))
     runner.run(pool.close())
@@ -337,18 +338,19 @@ def test_a_node_with_another_label_is_not_taken(runner):
     (node,) = ray.nodes()
     slot = Slot("reward", BUNDLE, {"ray.io/node-id": f"!{node['NodeID']}"})
     spec = ActorSpec("reward-0", "dummy_actors:DummyRefitter", (), 1)
-    share = shares([GroupRequest("reward", (slot,))], log_wait)["reward"]
+    share = Share(SharedGroup(GroupRequest("reward", (slot,))))
     with pytest.raises(DeadlineError, match=r"1 x 0.1 CPU .*label ray.io/node-id is"):
         runner.run(RayRewardPool.start_in(share, [spec], Deadlines(start_s=0.5)))
 
 
-def test_colocated_pools_are_in_one_group_until_the_last_closes_and_a_new_actor_is_in_the_old_bundle(
+def test_colocated_pools_are_in_one_group_until_it_ends_and_a_new_actor_is_in_the_old_bundle(
     runner,
 ):
     settings = Pools(
         policy=Pool(num_actors=2, strategy="strict_pack"), reward=RewardPool(cpus_per_actor=0.2, colocate_with="policy")
     )
-    before, found = len(placed_groups("policy")), shares(plan_groups(settings), log_wait)
+    before, groups = len(placed_groups("policy")), StandingGroups()
+    found = groups.shares(plan_groups(settings))
     policy = [ActorSpec(f"policy-{rank}", "dummy_actors:DummyPolicy", (rank,), 1) for rank in range(2)]
     reward = [ActorSpec(f"reward-{name}", f"dummy_actors:Dummy{name}", (), 1) for name in ("RewardServer", "Refitter")]
 
@@ -357,17 +359,19 @@ def test_colocated_pools_are_in_one_group_until_the_last_closes_and_a_new_actor_
             RayPolicyPool.start_in(found["policy"], policy, DEADLINES),
             RayRewardPool.start_in(found["reward"], reward, DEADLINES),
         )
-        groups = placed_groups("policy")
+        placed = placed_groups("policy")
         second.actors[1].replace()
         await second.actors[1].start(DEADLINES.start_s)
         await first.close()
         still = placed_groups("policy")
         report = await second.refit(RefitRequest(1, np.arange(3), None, seed=0))
         await second.close()
-        return len(groups), len(still), report.reward_version
+        left = placed_groups("policy")
+        await groups.end()
+        return len(placed), len(still), len(left), report.reward_version
 
     assert placed_groups("reward") == []
-    assert runner.run(play()) == (before + 1, before + 1, 1)
+    assert runner.run(play()) == (before + 1, before + 1, before + 1, 1)
     assert len(placed_groups("policy")) == before
 
 

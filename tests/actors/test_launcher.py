@@ -1,7 +1,7 @@
 """A study's driver: which runs begin, which are left alone. Ray and the runs themselves are stand-ins."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,19 +22,22 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The runs that begin, in the current directory; each leaves a finished run's files, the third fails."""
     names: list[str] = []
 
-    async def run(config: RunConfig, *arguments: object) -> dict[str, object]:
-        arm = str(arguments[-1])
-        assert config.run_dir.is_absolute()
-        names.append(arm)
-        if arm == "b seed 2" and len(names) == 3:
-            config.run_dir.mkdir(parents=True)
-            (config.run_dir / "metrics.jsonl").write_text('{"step": 0, "time_s": 0.1}\n')
-            raise KeyboardInterrupt
-        if config.run_dir.exists():
-            forget_unsaved(config.run_dir)  # as every run does once it holds its folder
-            config.run_dir.rmdir()
-        write_run(config.run_dir, Shape(num_updates=20))
-        return {}
+    async def run(
+        runs: list[tuple[str, RunConfig]], shared_memory: Path, display: object, report: Callable[[], object]
+    ) -> list[dict[str, object]]:
+        for arm, config in runs:
+            assert config.run_dir.is_absolute()
+            names.append(arm)
+            if arm == "b seed 2" and len(names) == 3:
+                config.run_dir.mkdir(parents=True)
+                (config.run_dir / "metrics.jsonl").write_text('{"step": 0, "time_s": 0.1}\n')
+                raise KeyboardInterrupt
+            if config.run_dir.exists():
+                forget_unsaved(config.run_dir)  # as every run does once it holds its folder
+                config.run_dir.rmdir()
+            write_run(config.run_dir, Shape(num_updates=20))
+            report()
+        return [{}] * len(runs)
 
     @contextmanager
     def session(name: str) -> Iterator[Path]:

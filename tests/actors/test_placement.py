@@ -5,23 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from actors import placement
 from actors.placement import (
     GroupRequest,
     Node,
-    SharedGroup,
     Slot,
     cluster_problems,
     matches,
     plan_bundles,
     plan_groups,
-    shares,
     shortage,
     unplaced,
 )
 from actors.ray_cluster import RunActor
-from ocrm_ray.config import GenerationPool, Pool, Pools, RewardPool, RunConfig
-from ocrm_ray.errors import DeadlineError
+from actors.shared_group import StandingGroups
+from ocrm_ray.config import GenerationPool, Pool, Pools, RewardPool
 
 CPU = {"CPU": 0.1}
 GPU = {"CPU": 0.1, "GPU": 1.0}
@@ -78,7 +75,7 @@ def test_a_colocated_pool_is_behind_its_host_and_keeps_its_labels():
         Slot("policy", CPU | {"policy": 0.01}),
         *(Slot("scoring", CPU, {"zone": "a"}) for _ in range(2)),
     )
-    found = shares(list(groups.values()), placement.log_wait)
+    found = StandingGroups().shares(list(groups.values()))
     assert {name: share.first for name, share in found.items()} == {
         "generation": 0, "policy": 2, "scoring": 3, "reward": 0, "evaluation": 0,
     }  # fmt: skip
@@ -188,49 +185,8 @@ def test_a_cluster_without_nodes_has_no_room_for_anything():
     assert "there is none" in problems[0].need
 
 
-@pytest.fixture
-def reserved(monkeypatch):
-    """Groups that are reserved now; one of the name ``full`` is never."""
-    groups = []
-
-    async def place(request, deadline_s, tell):
-        if request.name == "full":
-            raise DeadlineError(request.name)
-        await asyncio.sleep(0)
-        groups.append(object())
-        return groups[-1]
-
-    monkeypatch.setattr(placement, "place", place)
-    monkeypatch.setattr(placement, "remove_placement_group", groups.remove)
-    return groups
-
-
-def test_a_group_is_reserved_by_the_first_pool_freed_by_the_last_and_reserved_again(reserved):
-    async def play():
-        group = SharedGroup(asked("pack", CPU))
-        first, second = await asyncio.gather(group.enter(1.0), group.enter(1.0))
-        assert reserved == [first] == [second]
-        group.leave()
-        assert reserved == [first]
-        group.leave()
-        assert reserved == []
-        assert [await group.enter(1.0)] == reserved != [first]
-
-    asyncio.run(play())
-
-
-def test_a_group_that_could_not_be_reserved_is_tried_again_by_the_next(reserved):
-    async def play():
-        group = SharedGroup(GroupRequest("full", ()))
-        for _ in range(2):
-            with pytest.raises(DeadlineError):
-                await group.enter(1.0)
-
-    asyncio.run(play())
-
-
 def test_a_run_shows_what_it_waits_for_until_it_has_a_place():
-    actor = RunActor(RunConfig(name="trial"), Path("unused"))
+    actor = RunActor(Path("unused"))
 
     async def play():
         actor._tell_wait("policy", "pool policy: no GPU")

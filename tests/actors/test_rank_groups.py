@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from actors import placement, ray_cluster, ray_pool
+from actors import placement, ray_cluster, shared_group
 from actors.groups import RayPolicyPool, RayRewardPool
 from actors.ray_pool import together
 from actors.remote_actor import ActorHost, ActorSpec, ranks_of
+from actors.shared_group import StandingGroups
 from ocrm_ray.config import Deadlines, RunConfig
 from ocrm_ray.errors import ActorDiedError, RunError
 from ocrm_ray.records import RefitReport
@@ -116,8 +117,8 @@ def test_a_rank_finds_in_its_environment_who_it_is_and_where_the_others_are(monk
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "unset")
     _, second = ranks_of([ActorSpec(f"refit-{n}", "test_rank_groups:Environment", (), 1) for n in range(2)])
-    host = ActorHost(second, {})
-    host.start(("10.0.0.7", 4711))
+    host = ActorHost(second.role, {})
+    host.start(second, ("10.0.0.7", 4711))
     expected = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4711"}
     assert host.call("look", ()) == expected
 
@@ -131,7 +132,7 @@ def cluster(tmp_path, monkeypatch):
     }
     config = RunConfig.model_validate({"name": "test", "output_dir": tmp_path, "pools": pools})
     monkeypatch.setattr(ray_cluster, "_num_nodes", lambda: 1)
-    return ray_cluster.RayCluster(config, tmp_path, lambda kind, figures: None, None)
+    return ray_cluster.RayCluster(config, tmp_path, lambda kind, figures: None, StandingGroups(), None)
 
 
 def test_roles_and_ranks_of_trainers_follow_the_pools(cluster):
@@ -145,7 +146,7 @@ def test_roles_and_ranks_of_trainers_follow_the_pools(cluster):
 class Trainee(Rank):
     """Stands in for a rank of a stage; rank 0 is watched."""
 
-    async def watch(self, method, tell, deadline_s):
+    async def watch(self, method, *, tell, deadline_s):
         tell((1, 2))
         return await self.call(method, deadline_s=None)
 
@@ -167,15 +168,20 @@ def test_a_stage_trains_on_all_ranks_in_the_place_of_their_pool(cluster, monkeyp
         groups.append(request.name)
         return request.name
 
-    def spawn(spec, where):
+    def spawn(spec, where, kept):
         places.append((where.group, where.bundle))
         trainees.append(Trainee(spec.role, spec.rank, spec.num_ranks, [RefitReport(1, Path(), 0.0, 1.0, 0.5)]))
         return trainees[-1]
 
-    monkeypatch.setattr(placement, "place", place)
-    monkeypatch.setattr(placement, "remove_placement_group", groups.remove)
-    monkeypatch.setattr(ray_pool, "RemoteActor", spawn)
-    asyncio.run(getattr(cluster, f"train_{stage}")(shown.append))
+    async def train():
+        await getattr(cluster, f"train_{stage}")(shown.append)
+        assert groups == ["reward"], "the run keeps its place"
+        await cluster.close()
+
+    monkeypatch.setattr(shared_group, "place", place)
+    monkeypatch.setattr(shared_group, "remove_placement_group", groups.remove)
+    monkeypatch.setattr(shared_group, "RemoteActor", spawn)
+    asyncio.run(train())
     assert [trainee.role for trainee in trainees] == roles
     assert places == [("reward", bundle) for bundle in bundles]
     for trainee in trainees:

@@ -10,6 +10,7 @@ from fakes import tiny_run
 
 from actors import ray_cluster
 from actors.ray_cluster import DETERMINISTIC, RayCluster
+from actors.shared_group import StandingGroups
 
 FIXED = {"deterministic": True, "rollout.max_staleness": 0, "correction.promote_after": 3}
 PRODUCTS = """
@@ -34,7 +35,7 @@ def environments(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: objec
     monkeypatch.setattr(ray_cluster, "_num_nodes", lambda: 1)
     monkeypatch.setattr(ray_cluster, "context_length", lambda path, trust_remote_code: 128)
     config = tiny_run(output_dir=str(folder), **changes)
-    cluster = RayCluster(config, folder, lambda kind, figures: None, None)
+    cluster = RayCluster(config, folder, lambda kind, figures: None, StandingGroups(), None)
     return [dict(spec.environment) for spec in (*cluster._engines(), *cluster._specs("scoring"))]
 
 

@@ -150,7 +150,7 @@ def test_the_coordinators_actor_exports_what_its_run_is_told(tmp_path: Path, mon
     config = RunConfig.model_validate({"name": "a", "output_dir": str(tmp_path), "world": {}})
 
     async def act() -> None:
-        await ray_cluster.RunActor(config, tmp_path).run()
+        await ray_cluster.RunActor(tmp_path).run(config)
 
     asyncio.run(act())
     assert told == [(str(tmp_path / "a"), "promoted", {"lag_steps": 1})]

@@ -10,6 +10,7 @@ import pytest
 from actors import remote_actor
 from actors.ray_cluster import RayCluster
 from actors.remote_actor import ActorHost, ActorSpec, Place, RemoteActor
+from actors.shared_group import StandingGroups
 from ocrm_ray.config import RunConfig
 from ocrm_ray.prompts import write_prompts
 
@@ -26,7 +27,7 @@ class Recorder:
         return self
 
     def remote(self, *arguments: Any) -> None:
-        self.spec, self.secrets = arguments
+        self.role, self.secrets = arguments
 
 
 def test_secrets_travel_as_an_argument_and_only_those_that_the_actor_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,16 +40,16 @@ def test_secrets_travel_as_an_argument_and_only_those_that_the_actor_needs(monke
     spec = ActorSpec("evaluation-0", "math:pi", (), 1, secrets=("TRIBUNAL_KEY", "UNSET_KEY"))
     RemoteActor(spec, Place(group, 0))
     assert recorder.secrets == {name: f"value of {name}" for name in ("HF_TOKEN", "TRIBUNAL_KEY")}
-    assert "value of" not in f"{recorder.environment}{recorder.spec}"
+    assert "value of" not in f"{recorder.environment}{recorder.role}"
     RemoteActor(replace(spec, secrets=()), Place(group, 0))
     assert recorder.secrets.keys() == {"HF_TOKEN"}
 
 
 def test_secrets_are_in_the_environment_before_the_actor_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIBUNAL_KEY", "")
-    host = ActorHost(ActorSpec("evaluation-0", "os:getenv", ("TRIBUNAL_KEY",), 1), {"TRIBUNAL_KEY": "word"})
+    host = ActorHost("evaluation-0", {"TRIBUNAL_KEY": "word"})
     with pytest.raises(AttributeError, match="'str' object has no attribute 'start'"):
-        host.start()
+        host.start(ActorSpec("evaluation-0", "os:getenv", ("TRIBUNAL_KEY",), 1))
     assert host._actor == "word"
 
 
@@ -56,7 +57,7 @@ def test_of_the_pools_only_the_evaluator_gets_the_judges_key(tmp_path: Path) -> 
     gold = {"kind": "judge", "base_url": "http://h", "model_name": "m", "api_key_env": "TRIBUNAL_KEY"}
     config = RunConfig.model_validate({"name": "x", "output_dir": tmp_path, "gold": gold, "sft": {"ready": "m"}})
     write_prompts(tmp_path / "x" / "stages" / "data" / "heldout.jsonl", [])
-    cluster = RayCluster(config, tmp_path, lambda kind, figures: None, None)
+    cluster = RayCluster(config, tmp_path, lambda kind, figures: None, StandingGroups(), None)
     specs = {pool: cluster._specs(pool) for pool in ("scoring", "reward", "evaluation")}
     assert [spec.secrets for spec in specs.pop("evaluation")] == [("TRIBUNAL_KEY",)]
     assert {spec.secrets for pool in specs.values() for spec in pool} == {()}

@@ -103,7 +103,7 @@ async def measure_engine(publisher: Publisher, config: RunConfig, model_folder: 
         sampling.cancel()
         return {"idle": idle, f"{NUM_REQUESTS} requests": busy}
     finally:
-        await actor.shutdown()
+        await actor.close()
 
 
 def main() -> None:
