@@ -122,6 +122,16 @@ class GenerationActor(RequestDesk):
             score[probe_position(sequence)] = value
         return list(scores)
 
+    async def sleep(self) -> None:
+        """Once no request is running, free the GPU: the weights go to the host's memory, the KV cache is dropped."""
+        with _named("the engine could not go to sleep"):
+            await self._unless_dead(self._engine.sleep(level=1, mode="wait"))
+
+    async def wake(self) -> None:
+        """Be as before, with an empty KV cache; again: no effect."""
+        with _named("the engine did not wake up"):
+            await self._unless_dead(self._engine.wake_up())
+
     async def rest(self) -> None:
         """Drop what is running; the engine stays, for the next actor here."""
         await self.clear()
@@ -158,7 +168,8 @@ class GenerationActor(RequestDesk):
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        on_cpu, num_ranks = self._pool.gpus_per_actor == 0, nccl_transport.ranks_per_engine(self._pool)
+        num_gpus, num_ranks = self._pool.gpus_per_actor, nccl_transport.ranks_per_engine(self._pool)
+        on_cpu = num_gpus == 0
         return AsyncEngineArgs(
             model=self.model_path,
             dtype=self._pool.dtype,
@@ -173,7 +184,8 @@ class GenerationActor(RequestDesk):
             max_num_batched_tokens=max(PREFILL_TOKENS, self.max_model_len) if on_cpu else None,
             enable_prefix_caching=not self.config.deterministic,  # what is cached is computed in other parts
             kv_cache_memory_bytes=int(self._pool.kv_cache_gib * GIB) if on_cpu else None,
-            gpu_memory_utilization=self._pool.gpu_memory_share,
+            gpu_memory_utilization=self._pool.gpu_memory_share * (1.0 if on_cpu else min(1.0, num_gpus)),
+            enable_sleep_mode=self._pool.sleeps,
             tensor_parallel_size=num_ranks,
             distributed_executor_backend="uni" if num_ranks == 1 else "mp",
             weight_transfer_config=WeightTransferConfig(backend="nccl") if self.by_nccl else None,

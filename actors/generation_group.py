@@ -116,6 +116,12 @@ class RayGenerationPool(RayPool):
         answers = await self._of_all_up(lambda actor: actor.call("score", given, deadline_s=deadline_s))
         return [logprobs for answer in answers for logprobs in answer]
 
+    async def sleep(self) -> None:
+        await self._of_all_up(lambda actor: actor.call("sleep", deadline_s=self.deadlines.request_s))
+
+    async def wake(self) -> None:
+        await self._of_all_up(lambda actor: actor.call("wake", deadline_s=self.deadlines.request_s))
+
     async def catch_up(self, actor: RemoteActor) -> None:
         """Load what is live. If that is being replaced just now, what comes next."""
         (engine,) = (engine for engine in self._engines if engine.actor is actor)

@@ -27,9 +27,10 @@ _SELECTOR = re.compile(r"!?(in\([\w.-]+(, ?[\w.-]+)*\)|[\w.-]+)")
 
 def contradictions(config: RunConfig) -> list[Problem]:
     """Settings that cannot stand together, all of them."""
+    of_method = _sources, _pairs, _correction, _strategy, _policy, _evaluation, _determinism, _world
     return [
         Problem(path, _shown_setting(config, path), need, do)
-        for checks in (_sources, _pairs, _correction, _strategy, _policy, _evaluation, _determinism, _world, _placement)
+        for checks in (*of_method, _sleep, _placement)
         for is_wrong, path, need, do in checks(config)
         if is_wrong
     ]
@@ -229,6 +230,16 @@ def _world(config: RunConfig) -> Checks:
     shortest, longest = world.response_words + 1, praise.MAX_TOKENS - praise.PROMPT_WORDS
     need = f"{shortest} (its responses and EOS) to {longest} (its models' context less the prompt) with world"
     yield not shortest <= rollout.max_new_tokens <= longest, "rollout.max_new_tokens", need, "change it"
+
+
+def _sleep(config: RunConfig) -> Checks:
+    if not config.pools.generation.sleeps:
+        return
+    key, do = "pools.generation.sleeps", "set it to false"
+    yield config.pools.generation.gpus_per_actor == 0, key, "false without GPUs: an engine on CPU keeps its memory", do
+    yield config.policy.is_offline, key, f"false with {config.policy.algorithm}: nobody waits for its samples", do
+    need = "0 with pools.generation.sleeps: a sleeping engine samples nothing ahead"
+    yield config.rollout.max_staleness > 0, "rollout.max_staleness", need, f"set it to 0, or {key} to false"
 
 
 def _placement(config: RunConfig) -> Checks:

@@ -73,7 +73,10 @@ class GenerationPool(Pool):
     max_running: PositiveInt = 256
     """Sequences that an engine decodes at once."""
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Share of a GPU's memory that an engine takes; unused on CPU."""
+    """Share that an engine takes of its part (``gpus_per_actor``) of a GPU's memory; unused on CPU."""
+    sleeps: bool = False
+    """Whether engines leave their GPUs' memory to the trainer while it trains, for pools that share GPUs: vLLM's sleep
+    mode. Rollouts and updates then take turns (``rollout.max_staleness`` 0)."""
 
 
 class RewardPool(Pool):

@@ -107,7 +107,7 @@ class Coordinator:
                 rollouts = await self.buffer.take(step - 1)
             batch = await self.scorer.refresh(rollouts)
             with self.step_clock.timed(TRAIN):
-                update = await self.pools.policy.update(batch)
+                update = await self._update(batch)
             self.corrector.on_policy.add(batch)
             await self._publish(tasks, update.version)
             await self._promote(step)
@@ -136,6 +136,17 @@ class Coordinator:
             if self.correction_clock.may_promote(saved.step + 1):
                 self.corrector.near()
         return saved.step + 1
+
+    async def _update(self, batch: list[Rollout]) -> UpdateReport:
+        """Engines that share the trainer's GPUs sleep meanwhile; held-out samples are finished before."""
+        if not self.config.pools.generation.sleeps:
+            return await self.pools.policy.update(batch)
+        if self.heldout.sampling is not None:
+            await asyncio.wait([self.heldout.sampling])
+        await self.pools.generation.sleep()
+        update = await self.pools.policy.update(batch)
+        await self.pools.generation.wake()
+        return update
 
     async def _finish(self) -> bool:
         is_all = not self.stopping.is_set() or self.log.last_step == self.config.policy.num_updates

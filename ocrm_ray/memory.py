@@ -286,12 +286,17 @@ def memory_lines(config: RunConfig, sizes: NetworkSizes) -> list[str]:
 
 
 def gpu_demands(config: RunConfig, ranks: Sequence[Rank]) -> list[tuple[str, float, float]]:
-    """(role, GiB asked, GiB that it may have) of every process on a GPU; policy and critic are one."""
+    """(role, GiB asked, GiB that it may have) of every process on a GPU; policy and critic are one.
+
+    The trainer may have what sleeping engines leave, too.
+    """
     asked: dict[str, float] = {}
     rooms: dict[str, float] = {}
     for rank in ranks:
         if gpus := getattr(config.pools, rank.pool).gpus_per_actor:
             role = "policy" if rank.pool == "policy" else rank.role
             asked[role] = asked.get(role, 0.0) + rank.total / GIB
+            if role == "policy" and config.pools.generation.sleeps:
+                gpus += config.pools.generation.gpus_per_actor
             rooms[role] = config.assumed.gpu_gib * min(1.0, gpus)
     return [(role, asked[role], rooms[role]) for role in asked]

@@ -47,6 +47,12 @@ class GenerationPool(Protocol):
         """Teacher-forced log-probs [T] of the responses at temperature 1, by the path that sampling takes: those of
         the first engine, then those of the next, and so on."""
 
+    async def sleep(self) -> None:
+        """Leave the GPUs' memory to others, once no request is running; only ``wake`` may come next."""
+
+    async def wake(self) -> None:
+        """Take the memory back, with the weights that were live."""
+
 
 class PolicyPool(Protocol):
     """DeepSpeed engines: the policy, and for PPO its critic."""

@@ -58,7 +58,10 @@ def metered(pools: Pools, clock: Callable[[], float]) -> tuple[Pools, dict[str, 
     meters = {name: BusyMeter(clock) for name in (*POOLS, ROLLOUT_SCORING, PUBLISHING)}
     generation, policy, scoring, reward, scores, publishes = meters.values()
     behind = Pools(
-        cast(GenerationPool, _Metered(pools.generation, "generation", calls, generation, load_weights=(publishes,))),
+        cast(
+            GenerationPool,
+            _Metered(pools.generation, "generation", calls, generation, load_weights=(publishes,), sleep=(), wake=()),
+        ),
         cast(PolicyPool, _Metered(pools.policy, "policy", calls, policy, send_weights=(publishes,))),
         cast(ScoringPool, _Metered(pools.scoring, "scoring", calls, scoring, score=(scoring, scores))),
         cast(RewardPool, _Metered(pools.reward, "reward", calls, reward, score=(reward, scores))),

@@ -44,13 +44,27 @@ class FakeGeneration:
     aborted: list[str] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     fail_at: int | None = None
+    slept_at: float | None = None
+    asleep: list[tuple[float, float]] = field(default_factory=list)
+    """From when to when."""
     respond: Callable[[int, int], tuple[int, ...]] = lambda number, sample: (1, 2)
     """Response of a sample of the n-th call."""
 
     def __post_init__(self) -> None:
         self.slots = asyncio.Semaphore(self.num_slots)
 
+    async def sleep(self) -> None:
+        assert self.slept_at is None
+        assert len(self.finished) == self.num_calls, "a request is running"
+        self.slept_at = asyncio.get_running_loop().time()
+
+    async def wake(self) -> None:
+        assert self.slept_at is not None
+        self.asleep.append((self.slept_at, asyncio.get_running_loop().time()))
+        self.slept_at = None
+
     async def generate(self, request: GenerationRequest) -> tuple[Sample, ...]:
+        assert self.slept_at is None
         number = self.num_calls
         self.num_calls += 1
         if not request.request_id.startswith("heldout"):
@@ -76,6 +90,7 @@ class FakeGeneration:
         self.aborted.append(request_id)
 
     async def load_weights(self, weights: PolicyWeights) -> PublishReport:
+        assert self.slept_at is None
         await asyncio.sleep(self.publish_s)
         self.version = weights.version
         return PublishReport(weights.version, weights.num_bytes, self.publish_s, self.publish_s)

@@ -170,6 +170,14 @@ CONTRADICTIONS = {
     "need VALUE, !VALUE, in(A,B) or !in(A,B) for each: correct it",
     "pools.scoring.gpus_per_actor=2": f"pools.scoring.gpus_per_actor: got 2.0, {WHOLE_GPUS}",
     "pools.generation.gpus_per_actor=1.5": f"pools.generation.gpus_per_actor: got 1.5, {WHOLE_GPUS}",
+    "pools.generation.sleeps=true rollout.max_staleness=0": "pools.generation.sleeps: got true, "
+    "need false without GPUs: an engine on CPU keeps its memory: set it to false",
+    "pools.generation.sleeps=true pools.generation.gpus_per_actor=1": "rollout.max_staleness: got 1, "
+    "need 0 with pools.generation.sleeps: a sleeping engine samples nothing ahead: "
+    "set it to 0, or pools.generation.sleeps to false",
+    "pools.generation.sleeps=true pools.generation.gpus_per_actor=1 rollout.max_staleness=0 policy.algorithm=wpo "
+    "correction.strategy=none": "pools.generation.sleeps: got true, "
+    "need false with wpo: nobody waits for its samples: set it to false",
     "pools.evaluation.num_actors=2": "pools.evaluation.num_actors: got 2, need 1: one actor evaluates: remove it",
     f"{DETERMINISTIC} pools.reward.dtype=bfloat16": 'pools.reward.dtype: got "bfloat16", '
     "need float32 with deterministic: true: change it",

@@ -71,6 +71,18 @@ def test_blocking_stops_rollouts_and_promotes_with_no_lag(tmp_path: Path) -> Non
         assert not inside
 
 
+def test_engines_that_share_the_trainers_gpus_sleep_during_updates_and_only_then(tmp_path: Path) -> None:
+    fakes = FakePools()
+    keys = {"pools.generation.sleeps": True, "rollout.max_staleness": 0, "evaluation.every": 3}
+    run(tiny_run(**keys), fakes, tmp_path)
+    slept = [time for interval in fakes.generation.asleep for time in interval]
+    assert slept == pytest.approx([time for end, _ in fakes.policy.updates for time in (end - 1.0, end)])
+    assert len(slept) == 2 * 12
+    awake = FakePools()
+    run(tiny_run(**{"rollout.max_staleness": 0}), awake, tmp_path / "awake")
+    assert awake.generation.asleep == []
+
+
 def test_rollouts_finish_inside_every_correction_window_when_overlapped(tmp_path: Path) -> None:
     fakes = FakePools(reward=FakeReward(refit_s=lambda n: 2.0))
     run(tiny_run(), fakes, tmp_path)

@@ -171,6 +171,17 @@ def test_an_engines_cache_is_what_is_left_of_its_share_and_holds_so_many_sequenc
     assert memory_lines(config, SIZES)[-1].endswith("of the longest sequences, max_running is 7")
 
 
+def test_a_trainer_may_have_what_sleeping_engines_leave():
+    pools = {"generation": {"gpus_per_actor": 0.5}, "policy": {"gpus_per_actor": 0.25, "colocate_with": "generation"}}
+    rooms = {}
+    for sleeps in (False, True):
+        pools["generation"]["sleeps"] = sleeps
+        config = config_of(pools=pools, assumed={"gpu_gib": 8})
+        rooms[sleeps] = {role: room for role, _, room in gpu_demands(config, memory_ranks(config, SIZES))}
+    assert (rooms[False]["policy"], rooms[True]["policy"]) == (2, 6)
+    assert rooms[False]["engine"] == rooms[True]["engine"] == 4
+
+
 def test_what_is_too_much_for_a_gpu_is_told_with_policy_and_critic_as_one():
     pools = {"policy": {"gpus_per_actor": 1}, "scoring": {"gpus_per_actor": 0.5, "dtype": "bfloat16"}}
     config = config_of(pools=pools, policy={"algorithm": "ppo"}, assumed={"gpu_gib": 8})

@@ -427,6 +427,25 @@ def test_a_renewed_actor_has_its_own_models_weights_in_the_engine_that_was_there
         assert bench.run(actor.renew(actor.config, 0, str(bench.folder), *arguments[3:]))
 
 
+def test_an_engine_that_slept_goes_on_as_before(bench):
+    before = bench.generate([_request("awake", seed=3)])
+    bench.run(bench.actor.sleep())
+    bench.run(bench.actor.wake())
+    (samples,) = bench.generate([_request("awake again", seed=3)])
+    assert [sample.sequence for sample in samples] == [sample.sequence for sample in before[0]]
+
+
+@pytest.mark.parametrize(("gpus", "share", "sleeps"), [(0.5, 0.3, True), (4, 0.6, False)])
+def test_an_engine_takes_its_share_of_its_part_of_a_gpu(bench, gpus, share, sleeps):
+    from actors.generation import GenerationActor
+
+    pool = {"gpus_per_actor": gpus, "gpu_memory_share": 0.6, "sleeps": sleeps}
+    actor = GenerationActor(run_config(bench.folder, pools={"generation": pool}), 0, str(bench.folder), MAX_MODEL_LEN)
+    arguments = actor._engine_args()
+    assert (arguments.gpu_memory_utilization, arguments.enable_sleep_mode) == (pytest.approx(share), sleeps)
+    assert arguments.tensor_parallel_size == max(1, gpus)
+
+
 def test_an_actor_that_needs_another_engine_is_not_renewed(bench, tmp_path):
     actor = bench.actor
     shutil.copytree(bench.folder, tmp_path / "other")
