@@ -37,14 +37,15 @@ def log_folder() -> str:
 
 
 @contextmanager
-def ray_session(run: str) -> Iterator[Path]:
+def ray_session(run: str, num_runs: int = 1) -> Iterator[Path]:
     """Start Ray, or connect to RAY_ADDRESS; on leaving, whatever the reason, shut down and remove shared memory.
 
-    Yields the run's folder in this node's shared memory. SIGTERM becomes KeyboardInterrupt, as Ctrl-C is. Raises
-    UserError if no cluster is at RAY_ADDRESS, or it refuses. For the main thread.
+    A local cluster has room for ``num_runs`` at once. Yields the session's folder in this node's shared memory. SIGTERM
+    becomes KeyboardInterrupt, as Ctrl-C is. Raises UserError if no cluster is at RAY_ADDRESS, or it refuses. For the
+    main thread.
     """
     on_sigterm, on_sigint = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    options = _options(os.environ.get("RAY_ADDRESS"))
+    options = _options(os.environ.get("RAY_ADDRESS"), num_runs)
     with shared_folder(run) as folder:
         try:
             _initialise(namespace=f"ocrm-{run}", log_to_driver=_is_job(), **options)
@@ -114,7 +115,7 @@ def _is_job() -> bool:
     return RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
 
 
-def _options(address: str | None) -> dict[str, Any]:
+def _options(address: str | None, num_runs: int) -> dict[str, Any]:
     """Of ``ray.init``: for the cluster at ``address``, or for a local one."""
     folders = [str(next(iter(package.__path__))) for package in (ocrm_ray, actors)]
     if address:
@@ -130,8 +131,8 @@ def _options(address: str | None) -> dict[str, Any]:
     return {
         "address": "local",
         "include_dashboard": False,
-        "num_cpus": os.cpu_count(),
-        "object_store_memory": OBJECT_STORE_BYTES,
+        "num_cpus": num_runs * (os.cpu_count() or 1),
+        "object_store_memory": num_runs * OBJECT_STORE_BYTES,
         "_temp_dir": str(LOCAL_FOLDER),
         # a variable rather than sys.path: the processes that vLLM spawns import from it too
         "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, search_path))}},

@@ -32,7 +32,7 @@ RESUME = (
     "again; RL continues from its last checkpoint, and starts over where there is none"
 )
 
-JOBS = "so many runs at once, each with the processes and the memory of one (default 1: one Ray session for all)"
+JOBS = "so many runs at once, each with the processes and the memory of one (default 1)"
 
 ADDRESS = "of a Ray cluster, or auto for that of this machine: say what of the configuration has no place on it now"
 

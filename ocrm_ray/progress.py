@@ -44,6 +44,13 @@ class ProgressState:
         return "  ".join([*figures, *([self.note] if self.note else [])])
 
 
+def plain_console() -> "Console":
+    """Standard error as one that is no terminal: several displays may write lines there."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, force_terminal=False)
+
+
 class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
     """``with ProgressDisplay() as display: display.update(state)``.
 

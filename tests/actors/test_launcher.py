@@ -1,5 +1,6 @@
 """A study's driver: which runs begin, which are left alone. Ray and the runs themselves are stand-ins."""
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from actors import launcher
 from actors.remote_actor import ActorSpec
 from ocrm_ray.checkpoints import forget_unsaved
 from ocrm_ray.config import RunConfig, StudyConfig
+from ocrm_ray.errors import RunError
 from ocrm_ray.progress import ProgressState
 
 JUDGE = {"kind": "judge", "base_url": "http://h", "model_name": "m"}
@@ -27,8 +29,8 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The runs that begin, in the current directory; each leaves a finished run's files, the third fails."""
     names: list[str] = []
 
-    async def run(
-        runs: list[tuple[str, RunConfig]], shared_memory: Path, display: object, report: Callable[[], object]
+    def run_all(
+        runs: list[tuple[str, RunConfig]], shared_memory: Path, report: Callable[[], object], num_jobs: int
     ) -> list[dict[str, object]]:
         for arm, config in runs:
             assert config.run_dir.is_absolute()
@@ -45,11 +47,11 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return [{}] * len(runs)
 
     @contextmanager
-    def session(name: str) -> Iterator[Path]:
+    def session(name: str, num_runs: int) -> Iterator[Path]:
         yield tmp_path
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launcher, "_run", run)
+    monkeypatch.setattr(launcher, "_run_all", run_all)
     monkeypatch.setattr(launcher, "ray_session", session)
     return names
 
@@ -78,72 +80,84 @@ def test_a_study_that_is_done_starts_no_ray_and_only_reports(begun: list[str], m
     assert begun == []
 
 
-def test_with_several_jobs_only_unfinished_runs_are_given_to_processes(
-    begun: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[tuple[str, int]] = []
+class Coordinators:
+    """Stand-ins for the coordinators' actors; ``results``: by run, what it gives, or raises, once ``peers`` go on."""
 
-    def side_by_side(runs: list[tuple[str, int, RunConfig]], num_jobs: int, report: object) -> None:
-        assert num_jobs == 2
-        for arm, seed, config in runs:
-            given.append((arm, seed))
-            write_run(config.run_dir, Shape(num_updates=20))
-
-    monkeypatch.setattr(launcher, "run_side_by_side", side_by_side)
-    write_run(Path("runs/s/a/seed-2"), Shape(num_updates=20))
-    launcher.run_study(STUDY, 2)
-    assert given == [("a", 1), ("b", 2)]
-    assert begun == []
-
-
-class Coordinator:
-    """The coordinator's pool and its one actor; ``summaries``: what its runs give."""
-
-    def __init__(self, summaries: list[dict[str, object] | None]) -> None:
-        self.actors, self.summaries = [self], summaries
+    def __init__(self, results: dict[str, Any], peers: int) -> None:
+        self.results, self.peers = results, peers
         self.told: list[str] = []
+        self.begun = asyncio.Event()
 
-    async def start_in(self, share: object, specs: list[ActorSpec], deadlines: object) -> "Coordinator":
+    async def start_in(self, share: object, specs: list[ActorSpec], deadlines: object) -> SimpleNamespace:
         assert [spec.secrets for spec in specs] == [("FIRST_KEY", "SECOND_KEY")]
         self.told.append("start")
-        return self
+        return SimpleNamespace(actors=[self], close=self.close)
 
     async def watch(
         self, method: str, config: RunConfig, *, tell: Callable[[ProgressState], None], deadline_s: float
     ) -> dict[str, object] | None:
         self.told.append(f"{method} {config.name}")
         tell(ProgressState(stage="rl"))
-        return self.summaries.pop(0)
+        if sum(text.startswith(method) for text in self.told) >= self.peers:
+            self.begun.set()
+        await self.begun.wait()
+        result = self.results[config.name]
+        if isinstance(result, Exception):
+            raise result
+        for _ in range(5):  # turns of the loop, in which those that fail do so first
+            await asyncio.sleep(0)
+        self.told.append(f"{config.name} ends")
+        return result  # type: ignore[no-any-return]
 
     async def close(self) -> None:
         self.told.append("close")
 
 
-def given_to_one_coordinator(
-    summaries: list[dict[str, object] | None], monkeypatch: pytest.MonkeyPatch
-) -> tuple[Coordinator, list[tuple[str | None, str]], Callable[[], list[dict[str, object]]]]:
-    """The coordinator, what is displayed, and the launch of three runs; a report counts as told, too."""
-    coordinator, shown = Coordinator(summaries), []
-    monkeypatch.setattr(launcher.CoordinatorPool, "start_in", coordinator.start_in)
-    display: Any = SimpleNamespace(update=lambda state: shown.append((state.arm, state.stage)))
+def launch(
+    results: dict[str, Any], monkeypatch: pytest.MonkeyPatch, num_jobs: int = 1
+) -> tuple[list[str], Callable[[], list[dict[str, object]]]]:
+    """What is told, and the launch of the runs a, b and c."""
+    coordinators = Coordinators(results, num_jobs)
+    monkeypatch.setattr(launcher.CoordinatorPool, "start_in", coordinators.start_in)
     keys = {"a": "FIRST_KEY", "b": "SECOND_KEY", "c": "FIRST_KEY"}
     runs = [
-        (name, RunConfig.model_validate({"name": name, "world": {}, "gold": JUDGE | {"api_key_env": keys[name]}}))
-        for name in keys
+        (name, RunConfig.model_validate({"name": name, "world": {}, "gold": JUDGE | {"api_key_env": key}}))
+        for name, key in keys.items()
     ]
-    report = lambda: coordinator.told.append("report")  # noqa: E731
-    return coordinator, shown, lambda: launcher._run_in_turn(runs, Path("unused"), display, report)
+    told = coordinators.told
+    return told, lambda: launcher._run_all(runs, Path("unused"), lambda: told.append("report"), num_jobs)
 
 
-def test_all_runs_of_a_study_are_one_coordinators_and_each_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    coordinator, shown, launch = given_to_one_coordinator([{"x": 1.0}, {"x": 2.0}, {"x": 3.0}], monkeypatch)
-    assert launch() == [{"x": 1.0}, {"x": 2.0}, {"x": 3.0}]
-    assert coordinator.told == ["start", "run a", "report", "run b", "report", "run c", "report", "close"]
-    assert shown == [("a", "rl"), ("b", "rl"), ("c", "rl")]
+def test_all_runs_of_a_study_are_one_coordinators_and_each_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, run_all = launch({"a": {"x": 1.0}, "b": {"x": 2.0}, "c": {"x": 3.0}}, monkeypatch)
+    assert run_all() == [{"x": 1.0}, {"x": 2.0}, {"x": 3.0}]
+    of_each = [text for name in "abc" for text in (f"run {name}", f"{name} ends", "report")]
+    assert told == ["start", *of_each, "close"]
+    assert [f"{name} · rl" in line for name, line in zip("abc", capsys.readouterr().err.splitlines(), strict=True)]
+
+
+def test_as_many_runs_go_on_at_once_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, run_all = launch({"a": {"x": 1.0}, "b": {"x": 2.0}, "c": {"x": 3.0}}, monkeypatch, num_jobs=2)
+    assert len(run_all()) == 3
+    assert told[:4] == ["start", "start", "run a", "run b"]
+    assert told.count("report") == 3
+    assert told[-2:] == ["close", "close"]
+
+
+def test_after_a_failure_no_run_begins_and_those_under_way_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, run_all = launch({"a": RunError("no room"), "b": {"x": 2.0}, "c": {}}, monkeypatch, num_jobs=2)
+    with pytest.raises(RunError, match="no room"):
+        run_all()
+    assert told == ["start", "start", "run a", "run b", "b ends", "report", "close", "close"]
+    assert "a failed: no room" in capsys.readouterr().err
 
 
 def test_a_run_that_was_to_finish_is_the_last_and_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    coordinator, _, launch = given_to_one_coordinator([{"x": 1.0}, None], monkeypatch)
+    told, run_all = launch({"a": {"x": 1.0}, "b": None}, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        launch()
-    assert coordinator.told == ["start", "run a", "report", "run b", "close"]
+        run_all()
+    assert told == ["start", "run a", "a ends", "report", "run b", "b ends", "close"]
