@@ -137,9 +137,9 @@ class GenerationActor(RequestDesk):
         await self.clear()
 
     async def renew(self, *arguments: Any) -> bool:
-        """Be the actor of these ``arguments``, whether or not its model is another; False if it needs another engine.
+        """Be the actor of these ``arguments``, whose model may have other weights; False if it needs another engine.
 
-        Where requests have no seeds, the engine draws on from where it is.
+        The engine's own seed stays: every request has one.
         """
         renewed = GenerationActor(*arguments)
         if self.by_nccl or renewed._engine_kind() != self._engine_kind():
