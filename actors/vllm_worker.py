@@ -73,11 +73,12 @@ class WeightReceiver:
     @contextlib.contextmanager
     def _read(self) -> Iterator[Mapping[str, Tensor]]:
         """The weights, also those of a model's folder, under the names that they are exported with."""
-        path, settings = self._weights.path, self.model_runner.model_config
+        path = self._weights.path
         if path.is_dir():
             from ocrm_ray.networks import load_causal_lm
 
             self._reader = WeightReader()  # what another run exported is mapped no longer
+            settings = self.model_runner.model_config
             dtype, trust = str(settings.dtype).removeprefix("torch."), settings.trust_remote_code
             yield load_causal_lm(path, dtype=dtype, trust_remote_code=trust).network.state_dict()  # type: ignore[arg-type]
             return
