@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-RUNS = ("test_end_to_end.py", "test_study_arms.py", "test_chaos.py")
+RUNS = ("test_end_to_end.py", "test_study_arms.py", "test_chaos.py", "test_ray_job.py")
 sys.path.insert(0, str(TESTS))
 # the models are tiny: a second thread only waits for the first, for long where other processes want the core too
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -27,10 +27,7 @@ def two_ranks():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of two workers one gets nearly all whole runs: two at once take longer than one after the other.
-
-    Submitted jobs are with the rest, which is done sooner.
-    """
+    """Of two workers one gets all whole runs: two at once take longer than one after the other."""
     from xdist.scheduler import LoadFileScheduling
 
     class RunsTogether(LoadFileScheduling):
