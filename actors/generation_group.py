@@ -132,7 +132,7 @@ class RayGenerationPool(RayPool):
             engine.is_up = True
 
     async def close(self, may_rest: bool = False) -> None:
-        """Cancel what is open, shut the engines down, so that no process of theirs is left, and end the actors."""
+        """Cancel what is open; end the actors and their engines, so that no process is left, or let them rest."""
         of_engines = [task for engine in self._engines for task in (engine.collecting, engine.replacing) if task]
         tasks = [*self._submitting, *of_engines]
         for task in tasks:

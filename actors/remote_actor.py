@@ -148,10 +148,9 @@ class AsyncActorHost(ActorHost):
     """
 
     async def start(self, spec: ActorSpec, meeting: None = None) -> None:  # type: ignore[override]
-        if self._actor is not None:
-            if await self._actor.renew(*spec.arguments):
-                return
-            await self._actor.close()
+        if self._actor is not None and await self._actor.renew(*spec.arguments):
+            return
+        await self.close()
         await self._build(spec).start()
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
@@ -244,6 +243,13 @@ class RemoteActor:
     async def close(self) -> None:
         """Let the actor end what it has started, for 20 s at most; its process is still to be killed."""
         await self._part("close")
+
+    async def end(self) -> None:
+        """End the process, with 20 s for the actor's farewell."""
+        try:
+            await self.close()
+        finally:
+            self.kill()
 
     def kill(self) -> None:
         """End the process at once."""

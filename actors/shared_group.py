@@ -39,8 +39,7 @@ class SharedGroup:
         assert self._group is not None, "enter comes first"
         kept = self._kept.pop(bundle, None)
         if kept is not None and not kept.is_of_kind(spec):
-            await kept.close()
-            kept.kill()
+            await kept.end()
             kept = None
         return RemoteActor(spec, Place(self._group, bundle), kept)
 
@@ -57,10 +56,8 @@ class SharedGroup:
     async def end(self) -> None:
         """End the processes that were kept, and free the place."""
         try:
-            await asyncio.gather(*(actor.close() for actor in self._kept.values()))
+            await asyncio.gather(*(actor.end() for actor in self._kept.values()))
         finally:
-            for actor in self._kept.values():
-                actor.kill()
             self._kept.clear()
             self._free()
 

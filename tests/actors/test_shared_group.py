@@ -62,7 +62,7 @@ def test_a_group_that_could_not_be_reserved_is_tried_again_by_the_next(reserved)
 class Actor:
     """An actor with a process that has a number, and a list of what it was told at its end."""
 
-    is_of_kind = RemoteActor.is_of_kind
+    is_of_kind, end = RemoteActor.is_of_kind, RemoteActor.end
     num_processes = 0
 
     def __init__(self, spec, place, kept=None):
