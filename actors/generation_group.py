@@ -23,13 +23,17 @@ from ocrm_ray.records import FloatArray, GenerationRequest, PolicyWeights, Publi
 
 @dataclass(eq=False, slots=True)
 class _Engine:
-    """An engine, how much it has been asked for and not answered yet, and the task that fetches its answers."""
+    """An engine, how much it has been asked for and not answered yet, and the task that fetches its answers.
+
+    ``lost_s``: when its process was found dead, until the one in its place has answered a request.
+    """
 
     actor: RemoteActor
     num_open_samples: int = 0
     collecting: asyncio.Task[None] | None = None
     replacing: asyncio.Task[None] | None = None
     is_up: bool = True
+    lost_s: float | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -57,7 +61,7 @@ class RayGenerationPool(RayPool):
         self._submitting: set[asyncio.Task[None]] = set()
         self._live: PolicyWeights | None = None
         """What the engines have, unless it is the SFT model, or its place is being written again."""
-        self._has_loaded = False
+        self._has_loaded = self._takes_nccl = False
         self._weights = asyncio.Condition()
 
     async def generate(self, request: GenerationRequest) -> tuple[Sample, ...]:
@@ -95,7 +99,7 @@ class RayGenerationPool(RayPool):
         """Every engine at once; the seconds of each part are those of the engine that took longest over it."""
         started = time.monotonic()
         async with self._weights:  # an engine that comes up later takes these
-            self._live, self._has_loaded = weights, True
+            self._live, self._has_loaded, self._takes_nccl = weights, True, weights.nccl is not None
             self._weights.notify_all()
         reports: list[PublishReport] = await self._of_all_up(
             lambda actor: actor.call("load_weights", weights, deadline_s=self.deadlines.publish_s)
@@ -196,12 +200,16 @@ class RayGenerationPool(RayPool):
                     self._lose(engine, num_replaced, answer)
                     return
                 self._settle(request_id, answer)
+            if engine.lost_s is not None:
+                seconds, engine.lost_s = time.monotonic() - engine.lost_s, None
+                self.emit("engine_answers", actor=engine.actor.role, seconds=seconds)
 
     def _lose(self, engine: _Engine, num_replaced: int, death: ActorDiedError) -> None:
         """An engine is dead: its requests wait again. ``num_replaced``: as it was when the engine was asked."""
         if not engine.is_up or engine.actor.num_replaced > num_replaced:
             return
         engine.is_up, engine.num_open_samples = False, 0
+        engine.lost_s = time.monotonic()
         for opened in self._open.values():
             if opened.engine is engine:
                 opened.engine = None
@@ -211,7 +219,7 @@ class RayGenerationPool(RayPool):
     async def _replace(self, engine: _Engine, num_replaced: int, death: ActorDiedError) -> None:
         """Where the engine cannot be replaced, every open request fails with its death."""
         try:
-            if self._live is not None and self._live.nccl is not None:
+            if self._takes_nccl:
                 raise death  # the group of trainer and engines is made once
             await self.replace(engine.actor, num_replaced, death)
         except ActorDiedError as error:

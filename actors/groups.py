@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Awaitable, Callable, Coroutine
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from actors.ray_pool import RayPool, together
 from actors.remote_actor import RemoteActor
 from actors.shared_group import Share
 from ocrm_ray.config import Deadlines
-from ocrm_ray.errors import ActorDiedError, RunError
+from ocrm_ray.errors import ActorDiedError, DeadlineError, RunError
 from ocrm_ray.pools import Cluster, Evaluator, PolicyPool
 from ocrm_ray.records import Calibration, FloatArray, IntArray, PolicyWeights, RefitReport, RefitRequest, Sequence
 
@@ -92,11 +92,17 @@ class RayPolicyPool(RayPool):
     capture = in_turn(PolicyPool.capture)
     write_checkpoint = asks(PolicyPool.write_checkpoint)
     saved_snapshot = in_turn(PolicyPool.saved_snapshot)
-    save = in_turn(PolicyPool.save)
+    _save_together = in_turn(PolicyPool.save)
 
     def __init__(self, actors: Seq[RemoteActor], share: Share, deadlines: Deadlines) -> None:
         super().__init__(actors, share, deadlines)
         self.turn = asyncio.Lock()
+
+    async def save(self, name: str, weights: PolicyWeights | None = None) -> None:
+        if weights is None:
+            await self._save_together(name)
+        else:  # exported ones are no matter of the ranks, and need not wait for their turn
+            await self.ask(self.actors[0], "save", name, weights, deadline_s=self.deadlines.request_s)
 
     async def release_weights(self, weights: PolicyWeights) -> None:
         if self.before_release is not None:
@@ -124,6 +130,9 @@ class StagingPool(RayPool):
         for method, arguments in told:
             await actor.call(method, *arguments, deadline_s=self.deadlines.request_s)
 
+    async def discard(self) -> None:
+        self._staged = ()
+
     async def commit(self, promotion_id: str, version: int) -> None:
         if self._staged and self._staged[0][1][0] == promotion_id:
             self._live, self._staged = (*self._staged, ("commit", (promotion_id, version))), ()
@@ -132,6 +141,12 @@ class StagingPool(RayPool):
     async def _stage(self, method: str, promotion_id: str, *arguments: Any) -> Any:
         self._staged = ((method, (promotion_id, *arguments)),)
         return (await self._tell(method, promotion_id, *arguments))[0]
+
+    async def _give_up(self, actor: RemoteActor, num_replaced: int, error: RunError) -> NoReturn:
+        """Replace who died, or hangs and would keep the next request waiting too; an error, since its work is lost."""
+        await self.replace(actor, num_replaced, ActorDiedError(str(error)))
+        kind = DeadlineError if isinstance(error, DeadlineError) else RunError
+        raise kind(f"{error}; another process has taken its place") from error
 
     async def _tell(self, method: str, *arguments: Any) -> list[Any]:
         return await self.ask_all(self.servers, method, *arguments, deadline_s=self.deadlines.request_s)
@@ -168,10 +183,11 @@ class RayScoringPool(StagingPool):
         (background,), deadline_s = self.background, self.deadlines.request_s
         if weights is not None:
             await self.ask(background, "load_snapshot", weights, deadline_s=deadline_s)
-        chunks = [
-            await self.ask(background, method, weights, chunk, deadline_s=deadline_s)
-            for chunk in (indices[start : start + PAIR_CHUNK] for start in range(0, len(indices), PAIR_CHUNK))
-        ]
+        parts = (indices[start : start + PAIR_CHUNK] for start in range(0, len(indices), PAIR_CHUNK))
+        try:
+            chunks = [await self.ask(background, method, weights, part, deadline_s=deadline_s) for part in parts]
+        except DeadlineError as error:
+            await self._give_up(background, background.num_replaced, error)
         return np.concatenate([np.zeros((0, 2), dtype=np.float32), *chunks])
 
 
@@ -184,15 +200,25 @@ class RayRewardPool(StagingPool):
     name = "reward"
 
     async def refit(self, request: RefitRequest) -> RefitReport:
-        """RunError where the refitter dies; another one is then there."""
+        """RunError where the refitter dies, DeadlineError where it passes its deadline; another one is then there.
+
+        So it is where one of several ranks fails and others wait for it in what they do together.
+        """
         first, deadline_s = self.background[0], self.deadlines.refit_s
         num_replaced = first.num_replaced
+        calls = [
+            asyncio.ensure_future(refitter.call("refit", request, deadline_s=deadline_s))
+            for refitter in self.background
+        ]
         try:
-            calls = (refitter.call("refit", request, deadline_s=deadline_s) for refitter in self.background)
             reports: list[RefitReport] = await together(calls)
-        except ActorDiedError as error:
-            await self.replace(first, num_replaced, error)
-            raise RunError(f"{error}; another process has taken its place") from error
+        except (ActorDiedError, DeadlineError) as error:
+            await self._give_up(first, num_replaced, error)
+        except Exception as error:
+            if not all(call.done() for call in calls):
+                with contextlib.suppress(ActorDiedError):  # the cause is what is to be known
+                    await self.replace(first, num_replaced, ActorDiedError(str(error)))
+            raise
         return reports[0]
 
     async def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actors.engine_settings import EngineSettings
 from actors.nccl_transport import NcclExporter
-from actors.training_engine import EngineState, TrainingEngine, join_process_group, start_process
+from actors.training_engine import EngineState, TrainingEngine, join_process_group, start_process, write_model
 from actors.weight_transport import WeightExporter, WeightReader
 from ocrm_ray import networks, ranks
 from ocrm_ray import policy_learning as learning
@@ -173,7 +173,7 @@ class PolicyActor:
         self._version += 1
         self._num_scheduled += 1
         report = statistics.report(experience, self._version, time.perf_counter() - started)
-        if statistics.weights["logprob_gap"] and report.logprob_gap is not None:
+        if report.logprob_gap is not None:
             self._gap = report.logprob_gap
         return report
 
@@ -224,13 +224,14 @@ class PolicyActor:
 
     @_alone
     def stage(self, promotion_id: str, refit: RefitReport | None) -> None:
-        """Build the critic that a promotion starts again from the new reward model, if it does."""
+        """Build the critic that a promotion starts again, if it does, from the new reward model or from the first."""
         if self._staged is not None:
             # Left by a correction that failed later on, or by the same call made before.
             self._staged[1].close()
             self._staged = None
-        if refit is not None and self._critic is not None and self.config.correction.critic_on_promote == "reinit":
-            self._staged = (promotion_id, self._make_critic(refit.path))
+        if self._critic is not None and self.config.correction.critic_on_promote == "reinit":
+            assert self.reward_path is not None, "PPO's critic starts from the reward model"
+            self._staged = (promotion_id, self._make_critic(refit.path if refit else self.reward_path))
 
     @_alone
     def commit(self, promotion_id: str, reward_version: int, anchor_version: int) -> None:
@@ -255,16 +256,19 @@ class PolicyActor:
         if self._critic is not None:
             engines[CRITIC] = self._critic.engine
             figures[CRITIC] = [self._critic.mean, self._critic.std]
-        self._captured = figures, {name: (engine, engine.capture()) for name, engine in engines.items()}
+        # the module, not the engine: a promotion may close a critic's before it is written
+        self._captured = figures, {name: (engine.module, engine.capture()) for name, engine in engines.items()}
 
     def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> None:
         """As the protocol says, beside updates; every rank writes what it captured, and rank 0 the rest."""
         from safetensors.torch import save_file
 
-        figures, engines = self._captured
+        figures, captured = self._captured
         del self._captured
-        for name, (engine, state) in engines.items():
-            engine.save(self._tokenizer, folder / (POLICY if name == POLICY else f"{STATE}/{name}"), state.weights)
+        for name, (module, state) in captured.items():
+            place = folder / (POLICY if name == POLICY else f"{STATE}/{name}")
+            assert state.weights is not None, "as captured"
+            write_model(module, self._tokenizer, place, state.weights)
             figures[f"{name}_steps"] = state.num_steps
             for kind, tensors in state.tensors.items():
                 save_file(tensors, folder / STATE / f"{name}-{kind}-{ranks.rank()}.safetensors")
@@ -287,14 +291,15 @@ class PolicyActor:
         version = _figures(self.checkpoint)["snapshot_version"]
         return self._exporter.export(version, [load_file(self.checkpoint / STATE / SNAPSHOT)])
 
-    @_alone
     def save(self, name: str, weights: PolicyWeights | None = None) -> None:
-        """Write the policy, as it is or as it was exported, as Hugging Face folder ``name`` in the run folder."""
+        """Write the policy as it is, or beside updates as it was exported, as Hugging Face folder ``name``."""
+        folder = self.run_dir / name
         if weights is None:
-            self._engine.save(self._tokenizer, self.run_dir / name)
-        elif ranks.rank() == 0:
+            with self._lock:
+                self._engine.save(self._tokenizer, folder)
+        else:
             with WeightReader().read(weights) as tensors:
-                self._engine.save(self._tokenizer, self.run_dir / name, tensors)
+                write_model(self._engine.module, self._tokenizer, folder, tensors)
 
     def close(self) -> None:
         """Free the engines, and the place of exported weights."""

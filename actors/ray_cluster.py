@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from ocrm_ray.prompts import read_prompts
 from ocrm_ray.records import FloatArray, GenerationRequest, RefitReport, Sample
 from ocrm_ray.reinforcement import RL, run_with_restarts
 from ocrm_ray.stages import stage_paths
+from ocrm_ray.watchdog import StageWatch
 
 NUM_LOGPROB_PARTS = 40
 """Messages in which the pairs' log-probs are asked for, so that progress shows."""
@@ -111,7 +113,10 @@ class RayCluster:
         specs = [replace(spec, concurrency=2) for spec in specs]
         trainer = await RayTrainer.start_in(self._shares[pool], specs, deadlines)
 
+        watch = StageWatch(stage, deadlines.progress_s, time.monotonic)
+
         def tell(progress: tuple[int, int]) -> None:
+            watch.see(progress)
             show(ProgressState(stage=stage, done=progress[0], total=progress[1], unit="steps"))
 
         first, *others = trainer.actors
@@ -178,7 +183,7 @@ class RayCluster:
                 exports_dir = None if through_store else self._shared_memory
                 arguments = paths.sft, reward_path, run_dir, exports_dir, by_nccl, saved.folder if saved else None
                 specs = ranks_of(self._alike("actors.policy:PolicyActor", pool, *arguments))
-                return [replace(spec, concurrency=3) for spec in specs]  # a checkpoint is written beside the others
+                return [replace(spec, concurrency=4) for spec in specs]  # checkpoint and best policy are written beside
             case "scoring":
                 anchor_path = saved.anchor_path if saved else None
                 *scorers, background = self._alike("actors.scoring:ScoringActor", pool, paths.sft, anchor_path)
@@ -276,8 +281,8 @@ class RunActor:
         await self._groups.end()
 
     async def progress(self) -> ProgressState:
-        """Where the run is now, and which pools wait for a place."""
-        return replace(self._state, note="; ".join(self._waits.values()))
+        """Where the run is now, and what it waits for: its stages, or places of pools."""
+        return replace(self._state, note="; ".join(filter(None, (self._state.note, *self._waits.values()))))
 
     def _tell_wait(self, group: str, missing: str | None) -> None:
         log_wait(group, missing)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -132,7 +132,7 @@ def _log_event(event: str, **fields: object) -> None:
     logger.warning("%s %s", event, fields)
 
 
-async def together(calls: Iterable[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+async def together(calls: Iterable[Awaitable[Answer]]) -> list[Answer]:
     """What all of them answer, in their order; of several failures a death is raised, else the first.
 
     Who trains with an actor that died fails too, at its connection to it, and often before Ray knows of the death.

@@ -22,6 +22,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.placement import Bundle
 from ocrm_ray.errors import ActorDiedError, DeadlineError, RunError
 
 logger = logging.getLogger(__name__)
@@ -81,13 +82,26 @@ def actor_environment(spec: ActorSpec, environ: Mapping[str, str]) -> dict[str, 
     return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **modest, **forwarded, **spec.environment}
 
 
+def inner_environment(spec: ActorSpec, bundle: Bundle, environ: Mapping[str, str]) -> dict[str, str]:
+    """What the process sets itself: a runtime environment would show secrets, and go on to all that the actor spawns.
+
+    Without a part of a GPU in its ``bundle`` it sees none: Ray hides them only from who asks for some.
+    """
+    secrets = {name: environ[name] for name in (*_SECRETS, *spec.secrets) if name in environ}
+    return secrets if bundle.get("GPU") else secrets | {"CUDA_VISIBLE_DEVICES": ""}
+
+
 class ActorHost:
     """Runs one actor with synchronous methods; its calls are answered one after the other, in order."""
 
-    def __init__(self, role: str, secrets: Mapping[str, str]) -> None:
+    def __init__(self, role: str, environment: Mapping[str, str]) -> None:
+        """``environment``: variables that are set before an actor is imported."""
         self._role = role
-        self._secrets = secrets
+        self._environment = environment
         self._actor: Any = None
+        logging.basicConfig(format="%(message)s")
+        for package in ("actors", "ocrm_ray"):
+            logging.getLogger(package).setLevel(logging.INFO)
 
     def __repr__(self) -> str:
         return self._role
@@ -106,6 +120,7 @@ class ActorHost:
             names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
             os.environ.update(zip(names, map(str, values), strict=True))
         self._build(spec).start()
+        logger.info("%s is ready: rank %d of %d, process %d", self._role, spec.rank, spec.num_ranks, os.getpid())
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """Call ``method`` of the actor."""
@@ -125,7 +140,7 @@ class ActorHost:
             self._actor.close()
 
     def _build(self, spec: ActorSpec) -> Any:
-        os.environ.update(self._secrets)
+        os.environ.update(self._environment)
         if spec.yields:
             yield_to_others()
         self._actor = pkgutil.resolve_name(spec.path)(*spec.arguments)
@@ -304,6 +319,5 @@ def _spawn(spec: ActorSpec, place: Place) -> Any:
             scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, place.bundle),
             runtime_env={"env_vars": actor_environment(spec, os.environ)},
         )
-        # secrets travel as an argument: Ray writes runtime environments to its logs
-        .remote(spec.role, {name: os.environ[name] for name in (*_SECRETS, *spec.secrets) if name in os.environ})
+        .remote(spec.role, inner_environment(spec, resources, os.environ))
     )

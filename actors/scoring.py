@@ -38,7 +38,7 @@ class ScoringActor:
 
     def __post_init__(self) -> None:
         self._anchors: dict[str, Any] = {}
-        self._snapshots: dict[int, Any] = {}
+        self._snapshot: tuple[int, Any] | None = None
         self._reader = WeightReader()
 
     def start(self) -> None:
@@ -66,8 +66,8 @@ class ScoringActor:
 
     def load_snapshot(self, weights: PolicyWeights) -> None:
         """Hold the snapshot, so that its file may go; it takes the place of an earlier one."""
-        self._snapshots = {}
-        self._snapshots = {weights.version: self._copy_of(weights)}
+        self._snapshot = None
+        self._snapshot = weights.version, self._copy_of(weights)
 
     def pair_logprobs(self, weights: PolicyWeights | None, indices: IntArray) -> FloatArray:
         """Summed log-probs [N, 2] of (chosen, rejected) of training pairs ``indices`` [N].
@@ -77,21 +77,20 @@ class ScoringActor:
         if weights is None:
             network, temperature = self._behaviour, self.config.pairs.temperature
         else:
-            network, temperature = self._snapshot(weights), self.config.rollout.temperature
+            network, temperature = self._of_snapshot(weights), self.config.rollout.temperature
         sums = row_sums(network, self._pairs, pair_rows(indices), temperature, self.config.pools.scoring)
         return _by_pair(sums)
 
     def pair_alignments(self, weights: PolicyWeights, indices: IntArray) -> FloatArray:
         """As the protocol says: float32 [N, 2]."""
-        network, temperature = self._snapshot(weights), self.config.rollout.temperature
+        network, temperature = self._of_snapshot(weights), self.config.rollout.temperature
         return _by_pair(
             row_log_weights(network, self._pairs, pair_rows(indices), temperature, self.config.pools.scoring)
         )
 
     def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
-        """Load a snapshot beside the live anchor; one that is held already is shared, not copied."""
-        held = self._snapshots.get(weights.version)
-        staged, live = self._copy_of(weights) if held is None else held, self._anchors[LIVE]
+        """Load a snapshot beside the live anchor."""
+        staged, live = self._copy_of(weights), self._anchors[LIVE]
         self._anchors = {name: anchor for name, anchor in self._anchors.items() if anchor is live} | {
             promotion_id: staged
         }
@@ -101,7 +100,6 @@ class ScoringActor:
         live = self._anchors[LIVE]
         if (staged := self._anchors.get(promotion_id, live)) is not live:
             self._anchors = {LIVE: staged, promotion_id: staged}
-        self._snapshots.clear()
 
     def capture(self) -> None:
         """Keep the live anchor for ``write_anchor``: anchors are replaced, never changed."""
@@ -114,10 +112,11 @@ class ScoringActor:
         if anchor_version:
             save_model(anchor, self._tokenizer, folder / STATE / ANCHOR)
 
-    def _snapshot(self, weights: PolicyWeights) -> Any:
-        if weights.version not in self._snapshots:
+    def _of_snapshot(self, weights: PolicyWeights) -> Any:
+        if self._snapshot is None or self._snapshot[0] != weights.version:
             self.load_snapshot(weights)
-        return self._snapshots[weights.version]
+        assert self._snapshot is not None
+        return self._snapshot[1]
 
     def _load(self, path: str) -> Any:
         dtype = self.config.pools.scoring.dtype

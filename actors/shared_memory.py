@@ -43,7 +43,7 @@ def sweep(root: Path = SHARED_MEMORY) -> list[Path]:
     dead = [folder for folder in root.glob(f"{_PREFIX}*") if _is_dead(folder)]
     for folder in dead:
         logger.warning("removing %s, left by a run that was killed", folder)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # another process may be sweeping too
     return dead
 
 

@@ -110,7 +110,7 @@ class TrainingEngine:
 
     @property
     def module(self) -> Any:
-        """The module without DeepSpeed around it: what ``gradients`` differentiates. Not for ZeRO 3."""
+        """The module without DeepSpeed around it: what ``gradients`` differentiates, but not at ZeRO 3."""
         return self._module
 
     @property
@@ -330,17 +330,21 @@ class TrainingEngine:
         """In what rank 0 does with ``buckets``."""
         deque(self.buckets(), maxlen=0)
 
-    def save(self, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Rank 0 writes the network, with its present weights or with ``state``, as a Hugging Face folder."""
-        state = self.weights() if state is None else state
-        if ranks.rank() == 0:
-            save_model(self._module, tokenizer, folder, state_dict=state)
+    def save(self, tokenizer: Any, folder: Path) -> None:
+        """Rank 0 writes the network as it is, as a Hugging Face folder."""
+        write_model(self._module, tokenizer, folder, self.weights())
 
     def close(self) -> None:
         """Free what DeepSpeed holds for this engine; the process group stays."""
         self._engine.destroy()
         del self._engine, self._module
         gc.collect()
+
+
+def write_model(module: Any, tokenizer: Any, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Rank 0 writes an engine's module, with these full weights of it, as a Hugging Face folder."""
+    if ranks.rank() == 0:
+        save_model(module, tokenizer, folder, state_dict=weights)
 
 
 def _own_part(parameter: Any, value: Tensor) -> Tensor:

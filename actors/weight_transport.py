@@ -178,8 +178,8 @@ class LocalCopy:
         self._buffer = torch.empty(0)
 
     async def fetch(self, weights: PolicyWeights) -> PolicyWeights:
-        """``weights`` at a path of this node; what was fetched before is gone."""
-        if weights.reference is None:
+        """``weights`` at a path of this node, unless they come by NCCL; what was fetched before is gone."""
+        if weights.reference is None or weights.nccl is not None:
             return weights
         array = await weights.reference
         if self._path is None:

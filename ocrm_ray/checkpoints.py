@@ -76,8 +76,12 @@ def begin(run_dir: Path, step: int) -> Path:
     return partial
 
 
-def finish(partial: Path, state: RunState, num_kept: int) -> Path:
-    """Write the coordinator's part, bring everything to the disk, give the folder its name; the newest stay."""
+def finish(partial: Path, state: RunState, num_kept: int, origin: int | None = None) -> Path:
+    """Write the coordinator's part, bring everything to the disk, give the folder its name.
+
+    The newest ``num_kept`` stay, and that of step ``origin``. Those of later steps are of a future that was given up:
+    the run went back to before them.
+    """
     run_dir, folder, whole = partial.parents[1], partial.with_name(f"{PREFIX}{state.step}"), partial / POLICY
     (partial / STATE).rename(whole / STATE)
     (whole / STATE / RUN).write_text(state.model_dump_json(), encoding="utf-8")
@@ -92,8 +96,10 @@ def finish(partial: Path, state: RunState, num_kept: int) -> Path:
     whole.rename(folder)
     partial.rmdir()
     _sync(folder.parent)
-    for old in _folders(run_dir)[num_kept:]:
-        shutil.rmtree(old)
+    steps = _folders(run_dir)
+    staying = {*[step for step in steps if step <= state.step][:num_kept], origin}
+    for step in steps.keys() - staying:
+        shutil.rmtree(steps[step])
     return folder
 
 
@@ -115,7 +121,7 @@ def forget_unsaved(run_dir: Path) -> None:
 def newest(run_dir: Path) -> Checkpoint | None:
     """The newest whole checkpoint; None where there is none at all. UserError where all are broken."""
     refused: list[str] = []
-    for folder in _folders(run_dir):
+    for folder in _folders(run_dir).values():
         if reason := _fault(folder):
             refused.append(f"{folder.relative_to(run_dir)}: {reason}")
             continue
@@ -127,11 +133,11 @@ def newest(run_dir: Path) -> Checkpoint | None:
     return None
 
 
-def _folders(run_dir: Path) -> list[Path]:
-    """The newest first."""
+def _folders(run_dir: Path) -> dict[int, Path]:
+    """By step, the newest first."""
     found = (run_dir / FOLDER).glob(f"{PREFIX}*")
     numbered = {int(number): path for path in found if (number := path.name.removeprefix(PREFIX)).isdigit()}
-    return [numbered[step] for step in sorted(numbered, reverse=True)]
+    return {step: numbered[step] for step in sorted(numbered, reverse=True)}
 
 
 def _fault(folder: Path) -> str | None:

@@ -11,8 +11,9 @@ from ocrm_ray.config import RunConfig, StudyConfig
 from ocrm_ray.config_file import SHARED, arm_problems, study_runs
 from ocrm_ray.config_problems import shown
 from ocrm_ray.errors import Problem
+from ocrm_ray.inspection import has_rl, made_with_others
 from ocrm_ray.inspection import inspect as inspect
-from ocrm_ray.inspection import stage_differences
+from ocrm_ray.stage_settings import rl_differences, stage_differences
 
 OWN_DEEPSPEED_KEYS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -50,7 +51,8 @@ def study_problems(study: StudyConfig) -> list[Problem]:
             for key, ours, theirs in stage_differences(config, first)
             if arm not in study.own_stages
         ]
-        per_arm[arm] += [*contradictions(config), *inspect(config), *differences]
+        begun = made_with_others(config, rl_differences) if has_rl(config.run_dir) else []
+        per_arm[arm] += [*contradictions(config), *inspect(config), *differences, *begun]
     return arm_problems(study, per_arm)
 
 

@@ -174,6 +174,12 @@ def _refuse(config: "RunConfig | StudyConfig", more: Sequence[Problem] = ()) -> 
         raise UserError(problems)
 
 
+def _program() -> list[str]:
+    """How this program was started: as the console script, or by Python."""
+    script = Path(sys.argv[0]).name
+    return [script] if script == "ocrm-ray" else [sys.executable, "-m", "ocrm_ray"]
+
+
 def _guarded(arguments: argparse.Namespace, launch: Callable[[], str], folder: Path | None) -> int:
     """Launch and print its closing words; a failure is told as its cause, where the logs are, how to resume.
 
@@ -181,7 +187,7 @@ def _guarded(arguments: argparse.Namespace, launch: Callable[[], str], folder: P
     """
     option = ["--resume"] if arguments.name == "run" else []
     option += ["--jobs", str(arguments.jobs)] if getattr(arguments, "jobs", 1) > 1 else []
-    again = shlex.join(["ocrm-ray", arguments.name, str(arguments.config), *option, *arguments.overrides])
+    again = shlex.join([*_program(), arguments.name, str(arguments.config), *option, *arguments.overrides])
     resume = f"{'resume' if folder else 'again'}: {again}"
     try:
         sys.stdout.write(f"{launch()}\n")

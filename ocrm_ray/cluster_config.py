@@ -129,7 +129,8 @@ class Deadlines(Section):
     refit_s: PositiveFloat = 3600.0
     """For one refit of the reward model."""
     progress_s: PositiveFloat = 7200.0
-    """For one update, with all that it waits for; then the run ends and says what each pool is asked for."""
+    """For one update, with all that it waits for; then the run ends and says what each pool is asked for. So it does
+    where a fit before RL has done no step for as long."""
 
 
 class Lease(Section):

@@ -256,6 +256,9 @@ class Guards(Section):
     one more ends the run. In other fits the first is an error."""
     max_kl: PositiveFloat | None = None
     """KL to the SFT model in nats a response, beyond which the run ends; null: no bound."""
+    max_logprob_gap: PositiveFloat | None = None
+    """Mean absolute difference of trainer and sampler on an update's rollouts, in nats a token, beyond which the run
+    ends; null: no bound. What ``probe`` bounds is their difference on stored sequences, behind a publish."""
     min_ess_fraction: Share = 0.01
     """Importance weights whose effective sample size is a smaller share of their pairs are reported, and used."""
     max_accuracy_drop: Share = 0.3

@@ -57,11 +57,11 @@ class Coordinator:
         self.data = data
         self.log = log
         self.pools, meters, calls = metered(pools, clock)
-        self.step_clock = StepClock(clock, meters)
         rule = config.correction
         saved = self.saved = data.saved
         fresh = CorrectionClock(rule.every, rule.promote_after, rule.max_lag)
         self.correction_clock = replace(saved.clock) if saved else fresh
+        self.step_clock = StepClock(clock, meters, num_deferred_corrections=self.correction_clock.num_deferred)
         live = ScoreVersions(saved.reward_version, saved.anchor_version) if saved else ScoreVersions(0, 0)
         self.scorer = RolloutScorer(self.pools.scoring, self.pools.reward, live)
         self.pump = RolloutPump(config, self.pools.generation, self.scorer, data.prompts, saved, data.incarnation)
@@ -275,7 +275,9 @@ class Coordinator:
             await self.publisher.release(snapshot.version)
         if measuring is not None:
             await asyncio.wait([measuring])
-        await asyncio.to_thread(checkpoints.finish, folder, state, self.config.checkpoint.num_kept)
+        # where a scorer in place of a dead one finds the anchor that this run began with
+        origin = self.saved.step if self.saved and self.saved.anchor_version else None
+        await asyncio.to_thread(checkpoints.finish, folder, state, self.config.checkpoint.num_kept, origin)
         self.log.event("checkpoint_saved", step=state.step)
 
     def _abandon(self, pumps: list["asyncio.Task[None]"]) -> None:

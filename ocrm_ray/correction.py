@@ -92,6 +92,7 @@ class Corrector:
                 if action == "stop":
                     raise
             await self.scorer.discard()
+            await asyncio.gather(self.pools.scoring.discard(), self.pools.reward.discard())
             if action == "keep_old":
                 break
         return None

@@ -155,6 +155,8 @@ class SimilarityScorer(_ModelScorer):
 
     def __init__(self, config: SimilarityGold, *, trust_remote_code: bool) -> None:
         super().__init__(config, trust_remote_code=trust_remote_code)
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token  # masked, like any padding
         self._penalty = config.repetition_penalty
         self._references: dict[str, torch.Tensor] = {}
 

@@ -20,16 +20,20 @@ class RunGuards:
     emit: Callable[..., None]
 
     def check_update(self, update: UpdateReport) -> None:
-        """RunError: the policy is further from the SFT model than ``max_kl``."""
-        told, bound = {"policy_version": update.version}, self.settings.max_kl
+        """RunError: the policy is further from the SFT model, or from who sampled for it, than it may be."""
         if num := update.num_skipped_steps:
-            self._tell("gradient", "skipped", num, self.settings.max_skipped_steps, **told)
-        if bound is not None and update.kl_sft is not None and not update.kl_sft <= bound:
-            self._tell("kl", "stopped", update.kl_sft, bound, **told)
-            raise RunError(
-                f"update {update.version}: KL to the SFT model {update.kl_sft:.4g} nats a response, guards.max_kl "
-                f"{bound:g}: raise policy.kl_coefficient, lower the learning rate, or raise the bound"
-            )
+            where = {"policy_version": update.version}
+            self._tell("gradient", "skipped", num, self.settings.max_skipped_steps, **where)
+        do = "raise policy.kl_coefficient, lower the learning rate, or raise the bound"
+        self._require("max_kl", update.version, "KL to the SFT model", "nats a response", update.kl_sft, do)
+        what, do = "trainer and sampler differ by", "see probe.floor, use float32 in both pools, or raise the bound"
+        self._require("max_logprob_gap", update.version, what, "nats a token", update.logprob_gap, do)
+
+    def _require(self, name: str, version: int, what: str, unit: str, value: float | None, do: str) -> None:
+        bound: float | None = getattr(self.settings, name)
+        if bound is not None and value is not None and not value <= bound:
+            self._tell(name.removeprefix("max_"), "stopped", value, bound, policy_version=version)
+            raise RunError(f"update {version}: {what} {value:.4g} {unit}, guards.{name} {bound:g}: {do}")
 
     def check_weights(self, snapshot_version: int, ess_fraction: float) -> None:
         """Weights that hang on few pairs are told of, and used."""

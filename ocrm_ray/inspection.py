@@ -4,11 +4,11 @@ import importlib.machinery
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from ocrm_ray import praise
+from ocrm_ray.checkpoints import is_any
 from ocrm_ray.config import ClassifierGold, FunctionGold, JudgeGold, RunConfig, SimilarityGold
 from ocrm_ray.config_file import anchored, load_run_config
 from ocrm_ray.config_problems import shown
@@ -25,16 +25,8 @@ from ocrm_ray.model_folders import (
     read_shape,
     shares_vocabulary,
 )
+from ocrm_ray.stage_settings import Differences, stage_differences
 
-_STAGE_KEYS = ("seed", "world", "data", "sft", "pairs", "gold", "reward", "rollout.max_new_tokens")
-_WITHOUT_EFFECT = (
-    "pairs.allow_unknown_behaviour",
-    "reward.scale",
-    "reward.ensemble",
-    "gold.batch_size",
-    *(f"gold.{name}" for name, field in JudgeGold.model_fields.items() if not field.repr),
-)
-"""On what an arm finds in the shared folder; an ensemble is in one of its own."""
 CLUSTERER = "correction.rlp_spg.model"
 
 
@@ -63,23 +55,6 @@ def occupied(config: RunConfig) -> list[Problem]:
         return []
     do = "choose another name, or pass --resume"
     return [Problem("name", f"{shown(config.name)}, a run that has begun in {config.run_dir}", "a new run folder", do)]
-
-
-def stage_differences(config: RunConfig, other: RunConfig) -> list[tuple[str, object, object]]:
-    """(dotted key, value here, value there) of each setting that would make other results before RL."""
-    ours, theirs = (_flat("", each.model_dump(mode="json")) for each in (config, other))
-    return [
-        (key, ours.get(key), theirs.get(key))
-        for key in dict.fromkeys([*ours, *theirs])
-        if key.startswith(_STAGE_KEYS) and not key.startswith(_WITHOUT_EFFECT) and ours.get(key) != theirs.get(key)
-    ]
-
-
-def _flat(above: str, tree: Mapping[str, Any]) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flat(f"{above}{key}.", value) if isinstance(value, Mapping) else {above + key: value}
-    return flat
 
 
 def _read_models(config: RunConfig) -> tuple[dict[str, ModelFacts], list[Problem]]:
@@ -180,11 +155,29 @@ def _folder_problems(config: RunConfig) -> Iterator[Problem]:
         is_writable = existing and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
         if existing and (not is_writable or "\0" in str(folder)):
             yield Problem(key, shown(str(folder)), f"a folder that can be written ({existing} is none)", "change it")
+    yield from made_with_others(config, _stage_and_first_gold)
+
+
+def _stage_and_first_gold(config: RunConfig, other: RunConfig) -> Differences:
+    """Beside stages, how many prompts' gold under the SFT model is kept in the run folder."""
+    found, numbers = stage_differences(config, other), (config.evaluation.num_prompts, other.evaluation.num_prompts)
+    if numbers[0] != numbers[1] and has_rl(other.run_dir) and (other.run_dir / "sft_gold.json").exists():
+        found.append(("evaluation.num_prompts", *numbers))
+    return found
+
+
+def has_rl(run_dir: Path) -> bool:
+    """Whether there are results of RL that a run would go on from, or leave as they are."""
+    return is_any(run_dir) or (run_dir / "summary.json").exists()
+
+
+def made_with_others(config: RunConfig, differ: Callable[[RunConfig, RunConfig], Differences]) -> Iterator[Problem]:
+    """The problem of a run folder that is there already, with a configuration that ``differ`` finds different."""
     before = config.run_dir / "config.yaml"
     if not before.is_file():
         return
     try:
-        differences = stage_differences(load_run_config(before, [], cwd=Path.cwd()), anchored(config, Path.cwd()))
+        differences = differ(load_run_config(before, [], cwd=Path.cwd()), anchored(config, Path.cwd()))
     except UserError:
         got = f"{shown(config.name)}, whose {before} cannot be read"
         yield Problem("name", got, "a run folder of this version, or a new one", "choose another name")

@@ -74,11 +74,6 @@ class JudgeStatistics:
     cost_usd: float | None
     """None without prices, or with unmetered replies."""
 
-    @property
-    def disagreement_share(self) -> float:
-        """Of all pairs; 0 before the first."""
-        return self.num_disagreements / max(self.num_pairs, 1)
-
 
 class AnswerCache:
     """Replies by the hash of their request, a line each in a file that runs and processes may share.

@@ -99,6 +99,15 @@ REWARD_MODEL = (
         x_key="snapshot_version",
         y_scale="log",
     ),
+    Panel(
+        "Log-weights of each correction",
+        "deviation in nats; Spearman",
+        (
+            ("log_weight_std", "standard deviation", BLUE, "-"),
+            ("length_correlation", "rank correlation with length", ORANGE, "-"),
+        ),
+        x_key="snapshot_version",
+    ),
 )
 
 

@@ -285,9 +285,9 @@ class UpdateStatistics:
         seen = torch.tensor([[float(values[name]) for name in self.NAMES] for values in both], dtype=torch.float64)
         for values, totals in zip(both, ranks.add_up(seen).tolist(), strict=True):
             values.update(zip(self.NAMES, totals, strict=True))
-        means: dict[str, Any] = {name: self.sums[name] / (self.weights[name] or 1.0) for name in self.NAMES}
-        if not self.weights["value_loss"]:
-            means["value_loss"] = None
+        weighted = {name: weight for name in self.NAMES if (weight := self.weights[name])}
+        means: dict[str, Any] = {name: None for name in self.NAMES} | {"loss": 0.0}
+        means |= {name: self.sums[name] / weight for name, weight in weighted.items()}
         return UpdateReport(
             version=version,
             kl_anchor=float((sampler - experience.anchor_logprobs).sum(1).mean()),

@@ -114,6 +114,9 @@ class ScoringPool(Protocol):
     async def stage_anchor(self, promotion_id: str, weights: PolicyWeights) -> None:
         """Load a snapshot beside the live anchor."""
 
+    async def discard(self) -> None:
+        """What is staged never goes live: its correction has failed."""
+
     async def commit(self, promotion_id: str, anchor_version: int) -> None:
         """Make the staged anchor live, if one was staged. Idempotent."""
 
@@ -136,6 +139,9 @@ class RewardPool(Protocol):
 
     async def stage(self, promotion_id: str, refit: RefitReport) -> Calibration:
         """Load the candidate into a shadow slot of every server and calibrate it on the frozen set."""
+
+    async def discard(self) -> None:
+        """What is staged never goes live: its correction has failed."""
 
     async def commit(self, promotion_id: str, reward_version: int) -> None:
         """Make the staged candidate live, if one was staged. Idempotent."""

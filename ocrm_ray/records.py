@@ -151,8 +151,9 @@ class PolicyWeights:
 class UpdateReport:
     """One policy update. ``logprob_gap``: mean absolute difference, trainer (before the update) against sampler.
 
-    ``truncated_share``: of the loss tokens, those whose importance weight was cut at its cap. None: of rollouts, and
-    the update had none. ``num_skipped_steps``: optimiser steps not taken, since their gradients were not finite.
+    ``truncated_share``: of the loss tokens, those whose importance weight was cut at its cap. ``num_skipped_steps``:
+    optimiser steps not taken, since their gradients were not finite. None: the update had nothing to take it from, such
+    as no rollout, none by the trainer's own version (``logprob_gap``), or no step (``grad_norm``).
     """
 
     version: int
@@ -161,7 +162,7 @@ class UpdateReport:
     kl_sft: float | None
     entropy: float | None
     clip_share: float | None
-    grad_norm: float
+    grad_norm: float | None
     logprob_gap: float | None
     seconds: float
     value_loss: float | None = None

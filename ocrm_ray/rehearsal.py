@@ -93,7 +93,8 @@ def _workers(config: RunConfig) -> dict[str, int]:
     pools, rehearsal = config.pools, config.rehearsal
     assert rehearsal is not None
     num_engines = pools.generation.num_actors
-    workers = {"scoring": pools.scoring.num_actors, "reward": pools.reward.num_actors, "policy": 1}
+    workers = {"scoring": pools.scoring.num_actors, "reward": pools.reward.num_actors}
+    workers["policy"] = pools.policy.num_actors  # each rank takes as long as the whole update
     generation = {"generation": num_engines * rehearsal.engine_slots}
     return generation | workers | {"publish": num_engines} | dict.fromkeys(BACKGROUND, 1)
 
@@ -110,6 +111,7 @@ def figures(config: RunConfig, run: Run, booked: Booked) -> Figures:
         / (num_workers * num_steps)
         for work, num_workers in _workers(config).items()
     }
+    staleness = Counter(int(updates) for start, updates in booked["staleness"] if start_s <= start < end_s)
     promoted = [event for event in run.events if event["event"] == "promoted" and event["reward_version"]]
     snapshots = {event["policy_version"]: event["snapshot_version"] for event in promoted}
     ages = [row["step"] - 1 - max((snapshots[v] for v in snapshots if v < row["step"]), default=0) for row in measured]
@@ -117,7 +119,7 @@ def figures(config: RunConfig, run: Run, booked: Booked) -> Figures:
         step_s=fmean(row["step_s"] for row in measured),
         busy_s=busy_s,
         wait_s={name: fmean(row[f"{name}_wait_s"] for row in measured) for name in WAITS},
-        staleness=Counter(int(updates) for start, updates in booked["staleness"] if start_s <= start < end_s),
+        staleness=Counter({updates: num // config.pools.policy.num_actors for updates, num in staleness.items()}),
         lags=Counter(e["lag_steps"] for e in promoted if first < e["policy_version"] <= first + num_steps),
         ages=Counter(ages),
         num_deferred=sum(row["num_deferred_corrections"] for row in measured),

@@ -95,7 +95,7 @@ async def run_to_the_end(
     """
     write_whole(config.run_dir / "config.yaml", [dump_yaml(config)])
     stages = Stages(config, cluster, show)
-    async with held(config.stage_root):
+    async with held(config.stage_root, show):
         await stages.run()
     show(ProgressState(stage="start"))
     pools = await cluster.pools()

@@ -57,8 +57,13 @@ class CorrectionWindow:
     ess_fraction: float | None = None
     max_weight_share: float | None = None
     log_weight_std: float | None = None
+    length_correlation: float | None = None
     lag_steps: int | None = None
     num_rollouts_finished: int | None = None
+
+    def is_later_than(self, step: int) -> bool:
+        """Whether it started, or was promoted, behind update ``step``."""
+        return max(self.snapshot_version or 0, self.policy_version or 0) > step
 
 
 PHASE_ENDS = {"ratios_scored": "scored_s", "refit_finished": "refitted_s"}
@@ -134,10 +139,15 @@ def column(rows: Sequence[Row], key: str, part: str | None = None) -> Column:
 
 
 def correction_windows(run: Run) -> list[CorrectionWindow]:
-    """The run's corrections in order. At most one is in flight, so an event belongs to the last one started."""
+    """The run's corrections in order, without those that a resumed run did again.
+
+    At most one is in flight, so an event belongs to the last one started.
+    """
     windows: list[CorrectionWindow] = []
     for event in run.events:
         name, now = event["event"], float(event["time_s"])
+        if name == "resumed":
+            windows = [window for window in windows if not window.is_later_than(event["step"])]
         if name == "correction_started":
             end_s = last_time_s(run.metrics, run.events)
             windows.append(CorrectionWindow(now, end_s, event.get("snapshot_version")))

@@ -25,12 +25,15 @@ from ocrm_ray.preferences import load_pairs, split_pairs, write_pairs
 from ocrm_ray.progress import ProgressState
 from ocrm_ray.prompts import load_prompts, read_prompts, split_prompts, write_prompts
 from ocrm_ray.records import FloatArray, Prompt
+from ocrm_ray.stage_settings import stage_settings
 from ocrm_ray.strategies import make_strategy
 from ocrm_ray.whole_files import flushed_sizes, write_whole
 
 logger = logging.getLogger(__name__)
 
 MARKER = "stage.json"
+_CHAIN = ("world", "data", "sft", "pairs")
+"""Each is made from the one before; what comes behind them, from the last."""
 NUM_TOLD_ROWS = 10
 """Bad rows that a stage's marker tells in words."""
 
@@ -145,10 +148,18 @@ class Stages:
             folder = self.folder(name)
             if is_needed and not folder.is_done:
                 self.show(ProgressState(stage=name))
+                self._forget_behind(name)
                 folder.begin()
                 facts = await work(folder.path)
                 folder.finish(**facts)
                 logger.info("stage %s is done: %s", name, facts)
+
+    def _forget_behind(self, name: str) -> None:
+        """What was made from a stage's old result is not done any more: sampled again, pairs are others."""
+        if name in _CHAIN:
+            for behind in (*_CHAIN[_CHAIN.index(name) + 1 :], "reward*", "logprobs"):
+                for marker in self.paths.root.glob(f"{behind}/{MARKER}"):
+                    marker.unlink()
 
     @property
     def _needs_logprobs(self) -> bool:
@@ -156,28 +167,26 @@ class Stages:
 
     def _inputs(self, name: str) -> dict[str, object]:
         """What a stage's result depends on: its own settings, the files it reads, and the stages before it."""
-        config, pools = self.config, self.config.pools
-        match name:
+        config = self.config
+        stage = name if name in (*_CHAIN, "logprobs") else "reward"
+        inputs: dict[str, object] = {"settings": stage_settings(config, stage)}
+        match stage:
             case "world":
-                return {"seed": config.seed, "world": config.world}
+                return inputs
             case "data":
                 prompts = config.data.prompts
                 read = file_fingerprint(prompts.path) if prompts else self.folder("world").fingerprint
-                return {"seed": config.seed, "data": config.data, "read": read, "tokenizer": self._sft_source()}
+                return {**inputs, "read": read, "tokenizer": self._sft_source()}
             case "sft":
-                trainer = (pools.policy.dtype, config.policy.max_grad_norm, config.rollout.max_new_tokens)
-                data = self.folder("data").fingerprint
-                return {"sft": config.sft, "base": self._sft_source(), "trainer": trainer, "data": data}
+                return {**inputs, "base": self._sft_source(), "data": self.folder("data").fingerprint}
             case "pairs":
-                sampler = (config.rollout.max_new_tokens, pools.generation.dtype, config.gold)
                 ready = file_fingerprint(config.pairs.ready.path) if config.pairs.ready else None
-                return {"pairs": config.pairs, "sampler": sampler, "read": ready, "sft": self.folder("sft").fingerprint}
-            case _ if name != "logprobs":
-                base = file_fingerprint(config.reward.base) if config.reward.base else None
-                own: object = (config.reward.training, base, pools.reward.dtype)
+                return {**inputs, "read": ready, "sft": self.folder("sft").fingerprint}
+            case "reward":
+                model = file_fingerprint(config.reward.base) if config.reward.base else None
             case _:
-                own = (file_fingerprint(config.pairs.behaviour), config.pairs.temperature, pools.scoring.dtype)
-        return {"own": own, "pairs": self.folder("pairs").fingerprint}
+                model = file_fingerprint(config.pairs.behaviour)
+        return {**inputs, "model": model, "pairs": self.folder("pairs").fingerprint}
 
     def _sft_source(self) -> str:
         is_world = self.config.world is not None

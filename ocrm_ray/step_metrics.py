@@ -71,12 +71,15 @@ def metered(pools: Pools, clock: Callable[[], float]) -> tuple[Pools, dict[str, 
 
 
 class StepClock:
-    """Times sections of the loop (``TRAIN`` and ``WAITS``); ``close`` ends a step and starts the next."""
+    """Times sections of the loop (``TRAIN`` and ``WAITS``); ``close`` ends a step and starts the next.
 
-    def __init__(self, clock: Callable[[], float], meters: Mapping[str, BusyMeter]) -> None:
+    ``totals``: running ones that do not begin at 0.
+    """
+
+    def __init__(self, clock: Callable[[], float], meters: Mapping[str, BusyMeter], **totals: float) -> None:
         self._clock = clock
         self._meters = meters
-        self._totals: Mapping[str, float] = {}
+        self._totals: Mapping[str, float] = totals
         self._section_s: defaultdict[str, float] = defaultdict(float)
         self._started = clock()
 

@@ -127,7 +127,9 @@ def stopped_figures(evaluations: Sequence[Row]) -> dict[str, Any] | None:
     chosen = [max(known, key=itemgetter(half)) for half in HALVES]
     told = [row[half] for row, half in zip(chosen, reversed(HALVES), strict=True)]
     rows = {"proxy_mean": "proxy_mean", "kl_sft": "eval_kl_sft", "steps": "step", "wall_s": "time_s"}
-    means = {key: statistics.fmean(row[name] for row in chosen) for key, name in rows.items()}
+    measured = {key: [row[name] for row in chosen] for key, name in rows.items()}
+    measured["rm_accuracy"] = [row.get("rm_accuracy") for row in chosen]
+    means = {key: statistics.fmean(values) for key, values in measured.items() if None not in values}
     return {
         **dict.fromkeys(AVERAGED),
         **means,

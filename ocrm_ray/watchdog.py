@@ -67,3 +67,24 @@ class Watchdog:
                     f"no update was done within {self._longest_s:g} s (deadlines.progress_s). What the pools are asked "
                     f"for: {self._calls}"
                 ) from None
+
+
+class StageWatch:
+    """``see`` again and again how far a stage's trainer is: (steps done, of how many). ``clock`` gives seconds."""
+
+    def __init__(self, stage: str, longest_s: float, clock: Callable[[], float]) -> None:
+        self._stage, self._longest_s, self._clock = stage, longest_s, clock
+        self._seen: tuple[int, int] | None = None
+        self._since = clock()
+
+    def see(self, progress: tuple[int, int]) -> None:
+        """Raises StalledError where it has been the same for too long."""
+        now = self._clock()
+        if progress != self._seen:
+            self._seen, self._since = progress, now
+        elif now - self._since > self._longest_s:
+            done, total = progress
+            raise StalledError(
+                f"stage {self._stage}: no step was done within {self._longest_s:g} s (deadlines.progress_s), "
+                f"after {done} of {total}"
+            )

@@ -129,9 +129,11 @@ class Driver:
     nodes: Nodes
     process: "subprocess.Popen[bytes] | None" = None
     num_starts: int = 0
+    started_s: float = 0.0
 
     def start(self) -> None:
         self.num_starts += 1
+        self.started_s = time.monotonic()
         command = [sys.executable, "-m", "ocrm_ray", "run", "--resume", str(self.config)]
         with (self.config.parent / "driver.log").open("ab") as log:
             environment = {**environment_of_runs(), **self.nodes.environment}
@@ -223,8 +225,10 @@ def disturb(driver: Driver, roles: list[str], every: int) -> list[str]:
         killed.append(role)
         killed_at, num_steps = time.monotonic(), driver.num_steps()
         wait_for("update", lambda goal=num_steps: driver.num_steps() > goal, driver)
-        seconds = time.monotonic() - killed_at
-        print(f"{len(killed):3d}. {role:12s} after {num_steps} lines, next {seconds:5.1f} s later", flush=True)
+        now = time.monotonic()
+        since = f", {now - driver.started_s:.1f} s after --resume" if driver.started_s > killed_at else ""
+        line = f"{len(killed):3d}. {role:12s} after {num_steps} lines, next {now - killed_at:5.1f} s later{since}"
+        print(line, flush=True)
     give_up = time.monotonic() + PATIENCE_S
     while driver.keep_going():
         if time.monotonic() > give_up:
@@ -248,11 +252,11 @@ def losses(run_dir: Path, config: dict[str, Any]) -> list[str]:
     return found
 
 
-def replacements(run_dir: Path) -> dict[str, list[float]]:
-    """Seconds from finding an actor dead until another process had taken its place, by role."""
+def seconds_of(event: str, run_dir: Path) -> dict[str, list[float]]:
+    """What an event tells of actors that were found dead, by role."""
     found: dict[str, list[float]] = {}
     for row in read_run(run_dir).events:
-        if row["event"] == "actor_restarted":
+        if row["event"] == event:
             found.setdefault(row["actor"], []).append(row["seconds"])
     return found
 
@@ -322,8 +326,10 @@ def main() -> int:
         killed = disturb(driver, draw_roles(arguments.kills, 2, arguments.seed), arguments.every)
         found = losses(driver.run_dir, config)
         gold = gold_of(driver.run_dir)
-        for role, seconds in replacements(driver.run_dir).items():
-            print(f"{role}: at work again after {', '.join(f'{each:.1f}' for each in seconds)} s")
+        told = {"actor_restarted": "another process after", "engine_answers": "next finished rollout after"}
+        for event, what in told.items():
+            for role, seconds in seconds_of(event, driver.run_dir).items():
+                print(f"{role}: {what} {', '.join(f'{each:.1f}' for each in seconds)} s")
         print(f"{len(killed)} kills, {driver.num_starts} starts of the driver, {time.monotonic() - started:.0f} s")
     if len(killed) < arguments.kills:
         found.append(f"only {len(killed)} of {arguments.kills} kills before the run was done")

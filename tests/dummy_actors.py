@@ -177,14 +177,22 @@ class DummyRewardServer:
         pass
 
 
+DEADLY, ENDLESS = -1, -2
+"""Seeds of refits."""
+
+
 class DummyRefitter:
-    """``RewardRefitter`` that takes its time; a negative seed is its death."""
+    """``RewardRefitter`` that is done once the file ``until`` is there."""
+
+    def __init__(self, until=None):
+        self.until = until
 
     def start(self):
         pass
 
     def refit(self, request):
-        if request.seed < 0:
+        if request.seed == DEADLY:
             os._exit(1)
-        time.sleep(0.5)
+        while request.seed == ENDLESS or not (self.until is None or self.until.exists()):
+            time.sleep(0.01)
         return RefitReport(request.reward_version, Path(), 0.0, 1.0, 0.5)

@@ -225,6 +225,9 @@ class FakeScoring:
         assert self.captured == anchor_version
         (folder / "state" / "anchor").write_text(str(anchor_version))
 
+    async def discard(self) -> None:
+        self.staged.clear()
+
     async def commit(self, promotion_id: str, anchor_version: int) -> None:
         self.anchor_version, self.promoted = self.staged.pop(promotion_id, self.anchor_version), promotion_id
 
@@ -276,6 +279,9 @@ class FakeReward:
             raise error
         self.staged[promotion_id] = refit.reward_version
         return Calibration(0.0, 1.0)
+
+    async def discard(self) -> None:
+        self.staged.clear()
 
     async def commit(self, promotion_id: str, reward_version: int) -> None:
         self.version, self.promoted = self.staged.pop(promotion_id, self.version), promotion_id

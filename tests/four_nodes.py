@@ -49,12 +49,12 @@ REHEARSED = (
 
 
 def misplaced(actors: list[tuple[str, dict[str, float]]]) -> list[str]:
-    """Which roles of RL were too few, or were on another pool's node."""
+    """Which roles were too few, or on another pool's node. Ranks that fit the first reward model are servers here."""
     found = []
     for kind, resource in NODE_OF.items():
         roles = {role: node for role, node in actors if role.partition("-")[0] == kind}
-        if len(roles) != NUM_ACTORS[kind]:
-            found.append(f"{sorted(roles)}: not {NUM_ACTORS[kind]} of {kind}")
+        if len(roles) < NUM_ACTORS[kind]:
+            found.append(f"{sorted(roles)}: fewer than {NUM_ACTORS[kind]} of {kind}")
         found += [f"{role} was not on the node of {resource}" for role, node in roles.items() if resource not in node]
     return found
 

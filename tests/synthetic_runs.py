@@ -145,6 +145,7 @@ def write_correction(log: RunLog, step: int, phase: int, shape: Shape, clock: Cl
         return
     elif phase == 1 and shape.weighted:
         weights = {"ess_fraction": ess_fraction, "max_weight_share": 1e-4 / ess_fraction, "log_weight_std": 1.25}
+        weights["length_correlation"] = 0.75 * ess_fraction
         log.event("ratios_scored", snapshot_version=snapshot, num_pairs=19_000, **weights)
     elif phase == 3:
         log.event("refit_finished", snapshot_version=snapshot, reward_version=snapshot // 10 - 1, refit_s=2.5)

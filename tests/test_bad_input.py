@@ -60,6 +60,7 @@ def workplace(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     shutil.copytree(sound, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    monkeypatch.setattr(sys, "argv", ["ocrm-ray"])
     launcher = ModuleType("actors.launcher")
     launcher.run = lambda config, resume: run_stages(config) and ""  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "actors.launcher", launcher)

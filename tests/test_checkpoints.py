@@ -1,6 +1,9 @@
 """Checkpoints as files, and runs that are cut off anywhere and go on from them, over fakes on a virtual clock."""
 
 import asyncio
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,9 +58,36 @@ def test_a_checkpoint_reads_back_as_it_was_written_with_everything_inside(tmp_pa
 
 
 def test_the_newest_stay_and_no_partial_folder_is_left(tmp_path: Path) -> None:
-    for step in (2, 10, 6):
+    for step in (2, 6, 10):
         write(tmp_path, state_of(step), num_kept=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-6"]
+
+
+def test_damaged_checkpoints_of_a_future_that_was_given_up_take_no_place_of_those_behind_which_it_goes_on(
+    tmp_path: Path,
+) -> None:
+    for step in (2, 8, 9):
+        write(tmp_path, state_of(step))
+    for step in (8, 9):
+        (tmp_path / "checkpoints" / f"step-{step}" / "model.safetensors").unlink()
+    folder = write(tmp_path, state_of(4), num_kept=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    found = newest(tmp_path)
+    assert found is not None
+    assert (found.folder, found.refused) == (folder, ())
+
+
+def test_a_resumed_run_keeps_the_checkpoint_whose_anchor_its_scorers_start_with(tmp_path: Path) -> None:
+    config = tiny_run(**{"correction.kl_reference": "moving", "checkpoint.every": 1, "output_dir": str(tmp_path)})
+    assert cut_off(config, FakePools(policy=FakePolicy(write_s=0.0)), 10.0)
+    saved = newest(config.run_dir)
+    assert saved is not None
+    assert saved.state.anchor_version > 0
+    assert saved.state.step < 9, "no checkpoint would push it out"
+    assert not cut_off(config, FakePools.of(saved), 10_000.0, saved)
+    assert saved.folder.exists()
+    kept = [path for path in (config.run_dir / "checkpoints").iterdir() if path != saved.folder]
+    assert len(kept) == config.checkpoint.num_kept
 
 
 @pytest.mark.parametrize(
@@ -98,6 +128,39 @@ def test_where_every_checkpoint_is_broken_the_error_says_what_to_do(tmp_path: Pa
     with pytest.raises(UserError, match=r"need one that is whole: remove .*checkpoints to begin RL again"):
         newest(tmp_path)
     assert newest(tmp_path / "elsewhere") is None
+
+
+def test_wherever_the_disk_is_full_while_a_checkpoint_is_written_the_one_before_it_is_whole_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, real, num_calls = write(tmp_path, state_of(2)), os.fsync, 0
+
+    def fails_at(number: int) -> Callable[[int], None]:
+        def limited(descriptor: int) -> None:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(descriptor)
+
+        return limited
+
+    for number in range(1, 100):
+        num_calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fails_at(number))
+            try:
+                write(tmp_path, state_of(4))
+            except OSError:
+                found = newest(tmp_path)
+                assert found is not None
+                assert (found.folder, found.refused) in [(older, ()), (tmp_path / "checkpoints" / "step-4", ())]
+                continue
+        break
+    assert number > 3
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.state.step == 4
 
 
 def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
@@ -154,6 +217,20 @@ def test_a_correction_in_flight_starts_again_from_its_snapshot_and_is_promoted_i
     promoted = events(config.run_dir, "promoted")
     assert [(row["snapshot_version"], row["policy_version"]) for row in promoted] == [(4, 7), (8, 11)]
     assert again.policy.exported == [12], "held weights were given back"
+
+
+def test_what_was_deferred_before_a_checkpoint_is_not_counted_again_behind_it(tmp_path: Path) -> None:
+    changes = {"correction.every": 2, "correction.promote_after": 5, "checkpoint.every": 5}
+    config = tiny_run(**changes, output_dir=str(tmp_path))
+    slow = FakePools(reward=FakeReward(refit_s=lambda n: 100.0), policy=FakePolicy(write_s=0.0))
+    assert cut_off(config, slow, 18.0)
+    saved = newest(config.run_dir)
+    assert saved is not None
+    assert saved.state.clock.num_deferred == 1
+    num_before = len(metrics(config.run_dir))
+    again = FakePools.of(saved, reward=FakeReward(refit_s=lambda n: 100.0))
+    assert not cut_off(config, again, 10_000.0, saved)
+    assert [row["num_deferred_corrections"] for row in metrics(config.run_dir)[num_before:]] == [1, 0, 1, 0, 1, 0, 0]
 
 
 def test_a_resumed_run_brings_its_weights_into_the_engines_before_it_samples(tmp_path: Path) -> None:

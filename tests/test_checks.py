@@ -13,11 +13,11 @@ from model_files import NUM_PARAMETERS, write_model, write_reward_model, write_w
 
 from ocrm_ray.checks import contradictions, inspect, study_problems
 from ocrm_ray.config import RunConfig
-from ocrm_ray.config_file import dump_yaml, load_run_config, load_study_config
+from ocrm_ray.config_file import dump_yaml, load_run_config, load_study_config, study_runs
 from ocrm_ray.errors import Problem
 from ocrm_ray.inspection import network_sizes, occupied
 from ocrm_ray.machine import GIB, NetworkSizes, memory_gib
-from ocrm_ray.stages import fingerprint
+from ocrm_ray.stage_settings import stage_settings
 
 WORLD = "name: trial\nworld: {}\n"
 MODELS = """
@@ -439,11 +439,11 @@ def test_only_what_changes_a_judges_answers_makes_other_stages() -> None:
     calm = ["concurrency=2", "num_retries=0", "timeout_s=1", "cache_file=a", "input_price=1", "output_price=2"]
     same = config_of(JUDGE, *(f"gold.{change}" for change in calm))
     assert inspect(same) == []
-    assert fingerprint({"gold": same.gold}) == fingerprint({"gold": config.gold})
+    assert stage_settings(same, "pairs") == stage_settings(config, "pairs")
     for change in ("model_name=o", "base_url=http://o", "parameters.top_p=0.5"):
         other = config_of(JUDGE, f"gold.{change}")
         assert [problem.path for problem in inspect(other)] == ["name"]
-        assert fingerprint({"gold": other.gold}) != fingerprint({"gold": config.gold})
+        assert stage_settings(other, "pairs") != stage_settings(config, "pairs")
 
 
 def test_output_folders_that_cannot_be_written_are_told(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
@@ -463,6 +463,21 @@ def test_a_run_folder_of_other_stages_is_refused_and_one_of_other_rl_settings_is
     assert inspect(config_of(WORLD, "policy.learning_rate=1", "reward.scale=calibration_std")) == []
     assert lines(inspect(config_of(WORLD, "pairs.temperature=0.5"))) == [
         'name: got "trial", whose folder runs/trial was made with pairs.temperature 1.0 (now 0.5), '
+        "need a run folder of its own: choose another name, or change that back"
+    ]
+
+
+def test_a_run_that_has_measured_the_sft_models_gold_goes_on_with_as_many_prompts() -> None:
+    config = config_of(WORLD)
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(dump_yaml(config))
+    other = config_of(WORLD, "evaluation.num_prompts=128")
+    assert inspect(other) == []
+    (config.run_dir / "sft_gold.json").write_text("{}")
+    assert inspect(other) == [], "without a checkpoint it starts over"
+    (config.run_dir / "checkpoints" / "step-4").mkdir(parents=True)
+    assert lines(inspect(other)) == [
+        'name: got "trial", whose folder runs/trial was made with evaluation.num_prompts 1024 (now 128), '
         "need a run folder of its own: choose another name, or change that back"
     ]
 
@@ -569,6 +584,23 @@ def test_a_study_tells_each_problem_once_with_its_arm() -> None:
         "arms.c.pairs.temperature: got 0.5, need 1.0, as in the first arm: "
         "move it to base, or name the arm in own_stages: the arms share the stages in runs/s/shared",
     ]
+
+
+def test_a_study_with_another_definition_of_an_arm_that_has_begun_is_refused() -> None:
+    text = "name: s\nseeds: [1]\nbase: {{world: {{}}}}\narms: {{a: {{}}, b: {{policy.kl_coefficient: {}}}}}"
+    Path("s.yaml").write_text(text.format(0.1))
+    begun = next(config for arm, _, config in study_runs(load_study_config(Path("s.yaml"), [])) if arm == "b")
+    begun.run_dir.mkdir(parents=True)
+    (begun.run_dir / "config.yaml").write_text(dump_yaml(begun))
+    assert study_problems(load_study_config(Path("s.yaml"), [])) == []
+    assert study_problems(load_study_config(Path("s.yaml"), ["base.rollout.temperature=0.5"])) == [], "no step is done"
+    (begun.run_dir / "checkpoints" / "step-4").mkdir(parents=True)
+    for harmless in ("pools.generation.max_running=4", "checkpoint.every=7", "policy.micro_batch_tokens=64"):
+        assert study_problems(load_study_config(Path("s.yaml"), [f"base.{harmless}"])) == []
+    Path("s.yaml").write_text(text.format(0.3))
+    (found,) = lines(study_problems(load_study_config(Path("s.yaml"), [])))
+    made = "whose folder runs/s/b/seed-1 was made with policy.kl_coefficient 0.1 (now 0.3)"
+    assert found.startswith(f'name: got "seed-1", {made}, need a run folder of its own')
 
 
 def test_arms_of_a_study_may_differ_in_strategy_algorithm_and_ensemble() -> None:

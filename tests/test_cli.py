@@ -1,6 +1,7 @@
 """The program: exit statuses, exact messages, nothing written on a mistake, what the launcher is given."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, with run.yaml and study.yaml; the machine's size plays no part."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ocrm-ray"])
     (tmp_path / "run.yaml").write_text(RUN)
     (tmp_path / "study.yaml").write_text(STUDY + "arms: {a: {}, b: {correction.strategy: none}}\n")
     return tmp_path
@@ -191,6 +193,16 @@ def test_how_to_resume_a_study_names_its_jobs(
     launch_with(monkeypatch, fail_with(KeyboardInterrupt()))
     assert main(["study", "study.yaml", "--jobs", "2", "seeds=[7]"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "resume: ocrm-ray study study.yaml --jobs 2 'seeds=[7]'"
+
+
+def test_how_to_resume_names_the_program_that_was_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch_with(monkeypatch, fail_with(KeyboardInterrupt()))
+    monkeypatch.setattr(sys, "argv", ["/work/ocrm_ray/__main__.py"])
+    assert main(["run", "run.yaml"]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert shlex.split(last) == ["resume:", sys.executable, "-m", "ocrm_ray", "run", "run.yaml", "--resume"]
 
 
 def test_a_run_folder_with_training_steps_is_refused_unless_resumed(

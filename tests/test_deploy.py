@@ -14,7 +14,7 @@ import yaml
 from custom_resources import CRDS, ROOT, Tree, at, mistakes, schema
 from ray._private.runtime_env.packaging import create_package
 
-from actors.placement import plan_bundles
+from actors.placement import Node, plan_groups, unplaced
 from actors.ray_metrics import FIGURES, PARTS, RUN
 from ocrm_ray.cli import _parse
 from ocrm_ray.config import RunConfig
@@ -185,28 +185,28 @@ def test_an_entrypoint_parses_with_the_programs_own_options_and_keys_and_can_go_
     assert any(str(run_config(job(kind)).run_dir).startswith(f"{path}/") for path in mounts), "results would be lost"
 
 
-def test_each_pool_has_a_worker_group_with_its_label_and_its_resource() -> None:
+def test_each_pool_asks_for_the_nodes_of_its_worker_group_which_have_its_label_and_its_resource() -> None:
     found = {group["groupName"]: group for group in groups(job("gpu"))}
     assert tuple(found) == POOLS
     for name, group in found.items():
         assert group["labels"] == {"ocrm-pool": name}
         assert name in node_resources(group)
+    asked = {slot.pool: slot.labels for group in plan_groups(run_config(job("gpu")).pools) for slot in group.slots}
+    assert asked == {name: {"ocrm-pool": name} for name in POOLS} | {EVALUATION: {"ocrm-pool": "scoring"}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_actors_of_each_pool_fit_on_the_nodes_that_have_its_resource(kind: str) -> None:
-    for pool, bundles in plan_bundles(run_config(job(kind)).pools).items():
-        nodes = [
-            {"CPU": float(limits["cpu"]), "GPU": float(limits.get(GPU, 0))}
-            for group in groups(job(kind))
-            if pool in node_resources(group)
-            for limits in [group["template"]["spec"]["containers"][0]["resources"]["limits"]] * group["replicas"]
-        ]
-        assert nodes, pool
-        for bundle in bundles:
-            (node, *_) = [node for node in nodes if all(node[name] >= amount for name, amount in bundle.items())]
-            for name, amount in bundle.items():
-                node[name] -= amount
+def test_the_actors_of_all_pools_fit_on_the_nodes_that_they_ask_for(kind: str) -> None:
+    nodes = [
+        Node(f"{group['groupName']}-{number}", resources, resources, group["labels"])
+        for group in groups(job(kind))
+        for number in range(group["replicas"])
+        for limits in [group["template"]["spec"]["containers"][0]["resources"]["limits"]]
+        for resources in [{"CPU": float(limits["cpu"]), "GPU": float(limits.get(GPU, 0)), **node_resources(group)}]
+    ]
+    requests = plan_groups(run_config(job(kind)).pools)
+    assert unplaced(requests, nodes)[0] == []
+    assert unplaced(requests, nodes[1:])[0] != []
 
 
 @pytest.mark.parametrize("kind", KINDS)

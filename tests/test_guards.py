@@ -74,6 +74,13 @@ def test_a_kl_that_is_no_number_is_beyond_every_bound() -> None:
         RunGuards(Guards(max_kl=1e9), Told()).check_update(report)
 
 
+def test_a_sampler_that_differs_from_the_trainer_beyond_the_bound_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"update 3: .* 0.25 nats a token, guards.max_logprob_gap 0.2: "):
+        run(tiny_run(**{"guards.max_logprob_gap": 0.2}), odd_fakes(logprob_gap=0.25), tmp_path)
+    (event,) = events(tmp_path, "guard")
+    assert event.items() >= {"guard": "logprob_gap", "action": "stopped", "value": 0.25, "bound": 0.2}.items()
+
+
 def test_weights_of_a_small_effective_sample_are_reported_and_used(tmp_path: Path) -> None:
     fakes = FakePools()
     run(tiny_run(**{"guards.min_ess_fraction": 0.999}), fakes, tmp_path)

@@ -126,7 +126,7 @@ def test_a_judge_that_prefers_a_position_gives_ties_and_disagrees_with_itself(
     endpoint.script(completion("A"))
     judge = Judge(config, never)
     assert judge.compare(["p"] * 3, ["a", "b", "c"], ["x", "y", "z"]) == [0.5] * 3
-    assert judge.statistics.disagreement_share == 1.0
+    assert judge.statistics.num_disagreements == 3
 
 
 def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_disagreement(config: JudgeGold, endpoint: Endpoint) -> None:

@@ -180,7 +180,7 @@ def test_kls_are_mean_sums_over_responses_of_sampler_less_anchor():
     assert report.kl_sft == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize(("sampled_at", "gap"), [((5, 5), 0.25), ((4, 5), 0.0), ((4, 4), 0.0)])
+@pytest.mark.parametrize(("sampled_at", "gap"), [((5, 5), 0.25), ((4, 5), None), ((4, 4), None)])
 def test_gap_counts_only_samples_of_the_version_at_hand(sampled_at, gap):
     data = experience(sampled_at=sampled_at)
     targets = build_targets(data, Policy(), Rollout())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -67,7 +68,6 @@ def cluster() -> Iterator[Cluster]:
         "RAY_API_SERVER_ADDRESS": f"http://{LOOPBACK}:{dashboard}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_JOB_STOP_WAIT_TIME_S": "300",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else 127.0.0.1 becomes another address
     }
@@ -95,6 +95,10 @@ def test_a_submitted_run_ends_with_its_report_and_its_log_tells_of_the_roles(clu
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 8
     assert (run_dir / "report.html").exists()
     assert f"report: {run_dir}/report.html" in done.stdout
+    for role in ("policy-0", "scoring-0", "ratios", "reward-0", "refit", "evaluation-0"):
+        assert re.search(rf"\({role} pid=\d+[^)]*\).* {role} is ready: rank 0 of 1", done.stdout), role
+    assert re.search(r"\(generation-0 pid=", done.stdout)
+    assert re.search(r"\(coordinator pid=\d+[^)]*\).* stage reward is done", done.stdout)
 
 
 def test_a_submitted_run_with_a_mistake_fails_with_exit_status_2_and_names_it(cluster: Cluster) -> None:

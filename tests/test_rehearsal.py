@@ -36,8 +36,8 @@ def promotion(at: int, snapshot: int, reward_version: int) -> dict[str, object]:
     return {"event": "promoted", "lag_steps": at - snapshot, **versions}
 
 
-def measured(config: RunConfig, events: list[dict[str, object]]) -> Figures:
-    """Steps 6 and 7, from 10 to 20 s: the pipeline is full after 5 updates."""
+def measured(config: RunConfig, events: list[dict[str, object]], num_ranks: int = 0) -> Figures:
+    """Steps 6 and 7, from 10 to 20 s: the pipeline is full after 5 updates. So many ranks had an update of 4 s."""
     rows = [row(step, 2.0 * step, 2.0) for step in range(6)]
     rows += [row(6, 14.0, 4.0, rollout_wait_s=1.0), row(7, 20.0, 6.0, publish_wait_s=3.0, num_deferred_corrections=1)]
     rows += [row(8, 50.0, 30.0, correction_wait_s=30.0)]
@@ -45,7 +45,8 @@ def measured(config: RunConfig, events: list[dict[str, object]]) -> Figures:
     booked["generation"] = [(9.0, 5.0), (13.0, 4.0), (19.0, 100.0), (2.0, 3.0)]  # 4 + 4 + 1 s in the window
     booked["scoring"] = [(11.0, 6.0)]
     booked["refit"] = [(0.0, 100.0)]
-    booked["staleness"] = [(9.9, 5.0), (10.0, 0.0), (14.0, 1.0), (14.0, 1.0), (20.0, 7.0)]
+    booked["staleness"] = [(9.9, 5.0), (10.0, 0.0), (14.0, 1.0), (14.0, 1.0), (20.0, 7.0)] * max(1, num_ranks)
+    booked["policy"] = [(11.0, 4.0)] * num_ranks
     return figures(config, Run(Path(), "", rows, events, []), booked)
 
 
@@ -58,6 +59,12 @@ def test_only_what_was_drawn_while_the_pipeline_was_full_counts() -> None:
     assert list(found.wait_s.values()) == [0.5, 0.0, 1.5, 0.0]
     assert found.staleness == Counter({0: 1, 1: 2})
     assert found.num_deferred == 1
+
+
+def test_ranks_that_train_together_are_as_many_workers_and_see_each_rollout_once() -> None:
+    one, eight = (measured(prepared(config_of(**{"pools.policy.num_actors": number})), [], number) for number in (1, 8))
+    assert one.busy_s["policy"] == 2.0
+    assert eight == one
 
 
 def test_lags_and_ages_are_those_of_the_measured_updates() -> None:

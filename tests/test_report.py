@@ -89,6 +89,9 @@ def test_accuracy_ess_idle_and_stage_lines_are_those_of_the_files(full_run: Path
         at, share = line_of(full_run, "reward_model", 3, line)
         assert at == [row["snapshot_version"] for row in weighted]
         np.testing.assert_allclose(share, [100 * row[key] for row in weighted])
+    for line, key in enumerate(("log_weight_std", "length_correlation")):
+        drawn = line_of(full_run, "reward_model", 4, line)
+        assert drawn == ([row["snapshot_version"] for row in weighted], [row[key] for row in weighted])
     train, idle = line_of(full_run, "times", 0, 4), line_of(full_run, "times", 1, 6)
     assert train == ([row["step"] for row in updates], [row["stage_s"]["train"] for row in updates])
     np.testing.assert_allclose(idle[1], [100 * row["idle_share"]["reward"] for row in updates])
@@ -144,7 +147,7 @@ def test_a_correction_window_holds_what_its_events_tell(tmp_path: Path) -> None:
         {"time_s": 10.5, **started},
         {"time_s": 11.0, "event": "correction_failed"},
         {"time_s": 11.5, **started},
-        {"time_s": 12.0, "event": "resumed"},
+        {"time_s": 12.0, "event": "resumed", "step": 5},
         {"time_s": 13.5, **started},
     )
     first, *others = correction_windows(read_run(tmp_path))
@@ -156,6 +159,20 @@ def test_a_correction_window_holds_what_its_events_tell(tmp_path: Path) -> None:
         ("cut off", 11.5, 12.0),
         ("in flight", 13.5, 14.0),
     ]
+
+
+def test_corrections_that_a_resumed_run_does_again_are_not_counted_twice(tmp_path: Path) -> None:
+    steps(tmp_path, {"step": 9, "time_s": 90.0})
+
+    def correction(time_s: float, snapshot: int, promoted_at: int) -> list[dict[str, object]]:
+        started = {"time_s": time_s, "event": "correction_started", "snapshot_version": snapshot}
+        return [started, {"time_s": time_s + 1, "event": "promoted", "policy_version": promoted_at}]
+
+    resumed = {"time_s": 50.0, "event": "resumed", "step": 5}
+    lines = [*correction(10.0, 2, 4), *correction(20.0, 4, 6), *correction(30.0, 8, 9), resumed]
+    events(tmp_path, *lines, *correction(60.0, 4, 6), *correction(70.0, 8, 9))
+    windows = correction_windows(read_run(tmp_path))
+    assert [(window.started_s, window.snapshot_version) for window in windows] == [(10.0, 2), (60.0, 4), (70.0, 8)]
 
 
 def test_the_timeline_draws_each_phase_where_it_happened_and_tells_the_lag(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ ROOT = Path(__file__).parents[1]
 
 def test_stages_are_made_by_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
+    told: set[tuple[str, str | None]] = set()
     monkeypatch.setattr("ocrm_ray.stage_lock.POLL_S", 0.0)
 
     async def run(name: str, may_end: asyncio.Event) -> None:
-        async with held(tmp_path / "shared"):
+        async with held(tmp_path / "shared", lambda state: told.add((name, state.note))):
             events.append(f"{name} in")
             await may_end.wait()
             events.append(f"{name} out")
@@ -36,6 +37,7 @@ def test_stages_are_made_by_one_run_at_a_time(tmp_path: Path, monkeypatch: pytes
 
     asyncio.run(both())
     assert events == ["first in", "first out", "second in", "second out"]
+    assert told == {("second", f"waiting: another run makes the stages in {tmp_path / 'shared'}")}
 
 
 def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
@@ -44,7 +46,7 @@ import asyncio, signal, os
 from pathlib import Path
 from ocrm_ray.stage_lock import held
 async def hold():
-    async with held(Path({str(tmp_path)!r})):
+    async with held(Path({str(tmp_path)!r}), print):
         os.kill(os.getpid(), signal.SIGKILL)
 asyncio.run(hold())
 """
@@ -52,7 +54,7 @@ asyncio.run(hold())
     assert killed.returncode == -signal.SIGKILL
 
     async def take() -> None:
-        async with asyncio.timeout(10), held(tmp_path):
+        async with asyncio.timeout(10), held(tmp_path, print):
             pass
 
     asyncio.run(take())

@@ -10,6 +10,7 @@ from offline_stages import run_stages, tiny_config
 from ocrm_ray import praise, stages
 from ocrm_ray.preferences import read_pairs
 from ocrm_ray.prompts import ShuffledEpochs, read_prompts
+from ocrm_ray.stage_settings import stage_differences
 from ocrm_ray.stages import StageFolder, Stages, stage_paths
 
 
@@ -37,11 +38,51 @@ def test_a_changed_setting_redoes_its_stage_and_those_after_it_but_none_before(t
     assert run_stages(changed).calls == ["gold", "reward", "logprobs"]
 
 
-def test_an_interrupted_stage_is_done_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tree", "redone"),
+    [
+        ({"policy": {"max_grad_norm": 0.5}}, ["sft", "pairs", "reward", "logprobs"]),
+        ({"sft": {"ready": "elsewhere"}, "policy": {"max_grad_norm": 0.5}}, []),
+        ({"pools": {"generation": {"dtype": "bfloat16"}}}, ["pairs", "reward", "logprobs"]),
+        ({"pools": {"scoring": {"dtype": "bfloat16"}}}, ["logprobs"]),
+        ({"pools": {"reward": {"dtype": "bfloat16"}}}, ["reward"]),
+        ({"reward": {"lora": {"rank": 2}}}, ["reward"]),
+        ({"pairs": {"num_pairs": 120, "labels": "argmax", "allow_unknown_behaviour": True}}, []),
+        ({"policy": {"num_updates": 3}, "reward": {"scale": "calibration_std"}}, []),
+    ],
+)
+def test_a_stage_is_made_anew_for_just_those_settings_in_which_arms_that_share_it_may_not_differ(
+    tmp_path: Path, tree: dict[str, dict[str, object]], redone: list[str]
+) -> None:
+    before = tiny_config(tmp_path, **{key: value for key, value in tree.items() if key == "sft"})
+    after = tiny_config(tmp_path, **tree)
+    whole = [Stages(config, None, lambda state: None) for config in (before, after)]  # type: ignore[arg-type]
+    names = ("world", "data", "sft", "pairs", "reward", "logprobs")
+    assert [name for name in names if len({of.folder(name).fingerprint for of in whole}) == 2] == redone
+    assert bool(stage_differences(before, after)) == bool(redone)
+
+
+def test_an_interrupted_stage_is_done_again_and_what_was_made_from_its_result(tmp_path: Path) -> None:
+    ensemble = tiny_config(tmp_path, reward={"ensemble": {"num_members": 3}})
+    run_stages(ensemble)
     config = tiny_config(tmp_path)
     run_stages(config)
     (config.stage_root / "pairs" / "stage.json").unlink()
-    assert run_stages(config).calls == ["gold"]
+    assert run_stages(config).calls == ["gold", "reward", "logprobs"]
+    assert run_stages(ensemble).calls == ["reward"]
+
+
+def test_what_is_behind_a_stage_is_not_done_before_the_stage_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path)
+    run_stages(config)
+    (config.stage_root / "pairs" / "train.jsonl").unlink()
+    monkeypatch.setattr(stages, "write_pairs", lambda path, pairs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_stages(config)
+    assert not (config.stage_root / "logprobs" / "stage.json").exists()
+    assert (config.stage_root / "sft" / "stage.json").exists()
 
 
 def test_a_data_file_with_other_content_under_the_same_name_is_read_again(tmp_path: Path) -> None:

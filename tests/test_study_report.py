@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from synthetic_runs import Shape, read_lines, write_run
 
 from ocrm_ray.config import StudyConfig
-from ocrm_ray.config_file import EARLY_STOPPING, load_study_config
+from ocrm_ray.config_file import EARLY_STOPPING, load_study_config, study_runs
 from ocrm_ray.errors import UserError
 from ocrm_ray.plots import draw_study, mean_over_seeds
 from ocrm_ray.run_files import read_run
@@ -234,6 +234,9 @@ def test_early_stopping_is_chosen_on_one_half_and_told_of_the_other() -> None:
     assert found["chosen"] == [10, 20]
     assert found["gold_mean"] == pytest.approx((2.0 + 2.5) / 2)
     assert (found["kl_sft"], found["steps"], found["wall_s"], found["gold_win_rate"]) == (2.0, 15, 150.0, None)
+    assert found["rm_accuracy"] is None
+    accuracies = [row | {"rm_accuracy": 0.25 + 0.01 * row["step"]} for row in rows]
+    assert stopped_figures(accuracies)["rm_accuracy"] == pytest.approx((0.35 + 0.45) / 2)  # type: ignore[index]
 
 
 def test_runs_without_the_halves_are_not_stopped() -> None:
@@ -298,3 +301,5 @@ def test_the_table_in_the_readme_is_made_from_the_committed_results(path: Path) 
     seeds = {arm: figures["seeds_planned"] for arm, figures in study["arms"].items() if arm != EARLY_STOPPING}
     plan = load_study_config(path.with_suffix(".yaml"), [])
     assert seeds == {arm: list(plan.seeds_of(arm)) for arm in plan.arms}
+    for arm, seed, run in study_runs(plan):
+        assert study["arms"][arm]["seeds"][str(seed)]["steps"] == run.policy.num_updates, (arm, seed)

@@ -23,10 +23,10 @@ def test_constants_of_the_model_are_those_of_the_actors():
 
 
 def storages():
-    """Bytes of everything that any tensor of this process holds, by address."""
+    """A tensor of every storage that this process holds, by address: while it is kept, none else gets that address."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=24), Lora(rank=24, targets=("v_proj", "o_proj", "up_proj"))])
@@ -46,7 +46,7 @@ def test_an_engine_holds_before_a_step_what_its_parts_sum_to(zero_stage, dtype, 
         engine.accumulate([BATCH], lambda batch: last_token_scores(engine.forward, batch).square().mean())
         if number == 0:
             engine.step(1.0)
-    held = sum(size for pointer, size in storages().items() if pointer not in before)
+    held = sum(found.untyped_storage().nbytes() for at, found in storages().items() if at not in before)
     engine.close()
     num_adapted = adapted(lora, layers_of(config.to_dict()))
     parts = Training(dtype, zero_stage, 1, False, 0, num_adapted).parts(num_parameters, None)

@@ -410,13 +410,18 @@ def test_rewards_come_back_in_order_as_float32(runner, reward, num_sequences):
     assert scores.dtype == np.float32
 
 
-def test_serving_goes_on_while_a_refit_runs(runner, reward):
+def test_serving_goes_on_while_a_refit_runs(runner, tmp_path):
+    until = tmp_path / "scored"
+    reward = start(runner, RayRewardPool, ("DummyRewardServer", ()), ("DummyRefitter", (until,)))
+
     async def refit_and_score():
         refit = asyncio.create_task(reward.refit(RefitRequest(2, np.arange(3), None, seed=0)))
         scores = await reward.score(respond(4))
-        return scores.tolist(), refit.done(), (await refit).reward_version
+        until.touch()
+        return scores.tolist(), (await refit).reward_version
 
-    assert runner.run(refit_and_score()) == ([4.0], False, 2)
+    assert runner.run(refit_and_score()) == ([4.0], 2)
+    runner.run(reward.close())
 
 
 def test_staging_returns_the_servers_calibration(runner, reward):
@@ -471,3 +476,10 @@ def test_weights_in_the_object_store_reach_scorers_in_place_and_engines_through_
     assert first.exists()
     copy.close()
     assert not first.parent.exists()
+
+
+def test_weights_that_come_by_nccl_are_not_fetched_from_the_store_too(runner):
+    from actors.weight_transport import LocalCopy
+
+    weights = dataclasses.replace(SNAPSHOT, reference=object(), nccl=("127.0.0.1", 1))
+    assert runner.run(LocalCopy().fetch(weights)) is weights

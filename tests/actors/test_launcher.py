@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,12 +87,12 @@ class Coordinators:
     def __init__(self, results: dict[str, Any], peers: int) -> None:
         self.results, self.peers = results, peers
         self.told: list[str] = []
-        self.begun = asyncio.Event()
+        self.begun, self.finished = asyncio.Event(), asyncio.Event()
 
     async def start_in(self, share: object, specs: list[ActorSpec], deadlines: object) -> SimpleNamespace:
         assert [spec.secrets for spec in specs] == [("FIRST_KEY", "SECOND_KEY")]
         self.told.append("start")
-        return SimpleNamespace(actors=[self], close=self.close)
+        return SimpleNamespace(actors=[self], close=self.close, deadlines=deadlines)
 
     async def watch(
         self, method: str, config: RunConfig, *, tell: Callable[[ProgressState], None], deadline_s: float
@@ -104,10 +105,16 @@ class Coordinators:
         result = self.results[config.name]
         if isinstance(result, Exception):
             raise result
+        if callable(result):
+            return await result(self)  # type: ignore[no-any-return]
         for _ in range(5):  # turns of the loop, in which those that fail do so first
             await asyncio.sleep(0)
         self.told.append(f"{config.name} ends")
         return result  # type: ignore[no-any-return]
+
+    async def call(self, method: str, deadline_s: float) -> None:
+        self.told.append(method)
+        self.finished.set()
 
     async def close(self) -> None:
         self.told.append("close")
@@ -161,3 +168,34 @@ def test_a_run_that_was_to_finish_is_the_last_and_not_reported(monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         run_all()
     assert told == ["start", "run a", "a ends", "report", "run b", "b ends", "close"]
+
+
+async def interrupted(coordinator: Coordinators) -> None:
+    """A run that gets Ctrl-C and ends behind its update, having been told."""
+    signal.raise_signal(signal.SIGINT)
+    await coordinator.finished.wait()
+    coordinator.told.append("checkpoint")
+
+
+async def interrupted_twice(coordinator: Coordinators) -> None:
+    signal.raise_signal(signal.SIGINT)
+    await coordinator.finished.wait()
+    signal.raise_signal(signal.SIGINT)
+    await asyncio.Event().wait()
+
+
+def test_the_first_signal_has_the_run_finish_its_update_and_no_other_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, run_all = launch({"a": interrupted, "b": {"x": 1.0}, "c": {}}, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run_all()
+    assert told == ["start", "run a", "finish", "checkpoint", "close"]
+    assert "finishing this update, then a checkpoint; again to end now" in capsys.readouterr().err
+
+
+def test_the_second_signal_ends_at_once_what_never_would_and_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, run_all = launch({"a": interrupted_twice, "b": {}, "c": {}}, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run_all()
+    assert told == ["start", "run a", "finish", "close"]

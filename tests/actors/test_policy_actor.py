@@ -20,12 +20,12 @@ from tiny_models import (
     scored_rollout,
 )
 
-from actors.policy import PolicyActor
+from actors.policy import CRITIC, PolicyActor
 from actors.training_engine import EngineSettings, TrainingEngine
 from actors.weight_transport import WeightReader
 from ocrm_ray import batches, networks
 from ocrm_ray.algorithm.schedule import CorrectionClock
-from ocrm_ray.checkpoints import RunState, begin, finish
+from ocrm_ray.checkpoints import STATE, RunState, begin, finish
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import CausalModel, load_causal_lm, response_logprobs
 from ocrm_ray.records import OnPolicyState, RefitReport, Sequence
@@ -418,6 +418,32 @@ def test_promoted_critic_is_that_of_an_actor_which_started_from_the_new_reward_m
     expected = fresh.update(rollouts_of(fresh)).value_loss
     assert after == pytest.approx(expected, rel=1e-4)
     assert before != pytest.approx(expected, rel=1e-2)
+
+
+def test_a_control_that_refits_nothing_gives_the_critic_a_new_start_too(tmp_path):
+    actor = ppo_actor(tmp_path / "a", critic_on_promote="reinit")
+    first = actor.update(rollouts_of(actor)).value_loss
+    for _ in range(3):
+        actor.update(rollouts_of(actor))
+    actor.stage("snapshot-4", None)
+    before = actor.update(rollouts_of(actor)).value_loss
+    actor.commit("snapshot-4", 0, 0)
+    assert actor.update(rollouts_of(actor)).value_loss == pytest.approx(first, rel=1e-4)
+    assert before != pytest.approx(first, rel=1e-2)
+
+
+def test_a_checkpoint_has_the_critic_that_was_live_though_another_is_before_it_is_written(tmp_path):
+    actor = ppo_actor(tmp_path / "a", critic_on_promote="reinit")
+    actor.update(rollouts_of(actor))
+    actor.capture()
+    expected = actor._critic.engine.weights()
+    actor.stage("snapshot-1", None)
+    actor.commit("snapshot-1", 0, 0)
+    partial = begin(tmp_path, 1)
+    actor.write_checkpoint(partial, None)
+    found = load_file(partial / STATE / CRITIC / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_critic_is_kept_where_the_configuration_says_so(tmp_path):

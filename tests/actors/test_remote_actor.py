@@ -9,7 +9,7 @@ import pytest
 
 from actors import remote_actor
 from actors.ray_cluster import RayCluster
-from actors.remote_actor import ActorHost, ActorSpec, Place, RemoteActor
+from actors.remote_actor import ActorHost, ActorSpec, Place, RemoteActor, actor_environment, inner_environment
 from actors.shared_group import StandingGroups
 from ocrm_ray.config import RunConfig
 from ocrm_ray.prompts import write_prompts
@@ -36,7 +36,7 @@ def test_secrets_travel_as_an_argument_and_only_those_that_the_actor_needs(monke
     monkeypatch.setattr(remote_actor, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
     for name in ("HF_TOKEN", "TRIBUNAL_KEY", "OTHER_KEY"):
         monkeypatch.setenv(name, f"value of {name}")
-    group: Any = SimpleNamespace(bundle_specs=[{"CPU": 0.1}])
+    group: Any = SimpleNamespace(bundle_specs=[{"CPU": 0.1, "GPU": 0.5}])
     spec = ActorSpec("evaluation-0", "math:pi", (), 1, secrets=("TRIBUNAL_KEY", "UNSET_KEY"))
     RemoteActor(spec, Place(group, 0))
     assert recorder.secrets == {name: f"value of {name}" for name in ("HF_TOKEN", "TRIBUNAL_KEY")}
@@ -61,3 +61,10 @@ def test_of_the_pools_only_the_evaluator_gets_the_judges_key(tmp_path: Path) -> 
     specs = {pool: cluster._specs(pool) for pool in ("scoring", "reward", "evaluation")}
     assert [spec.secrets for spec in specs.pop("evaluation")] == [("TRIBUNAL_KEY",)]
     assert {spec.secrets for pool in specs.values() for spec in pool} == {()}
+
+
+def test_an_actor_without_a_part_of_a_gpu_sees_none_and_hands_that_on_to_nobody() -> None:
+    spec = ActorSpec("reward-0", "os:getenv", (), 1)
+    assert inner_environment(spec, {"CPU": 1.0}, {"CUDA_VISIBLE_DEVICES": "3"}) == {"CUDA_VISIBLE_DEVICES": ""}
+    assert inner_environment(spec, {"CPU": 1.0, "GPU": 0.5}, {}) == {}
+    assert "CUDA_VISIBLE_DEVICES" not in actor_environment(spec, {"CUDA_VISIBLE_DEVICES": "3"})

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from dummy_actors import DIE, HANG
-from test_groups import SNAPSHOT, ask, respond, runner, session, start
+from dummy_actors import DEADLY, DIE, ENDLESS, HANG
+from test_groups import DEADLINES, SNAPSHOT, ask, respond, runner, session, start
 
 from actors.generation_group import RayGenerationPool
 from actors.groups import RayRewardPool, RayScoringPool
@@ -68,7 +68,8 @@ def test_requests_of_a_dead_engine_are_answered_and_the_one_in_its_place_has_the
     assert [samples[0].sequence.response_ids for samples in answers + later] == [(seed,) for seed in range(6)] * 2
     assert versions_of(answers + later) == {(7, 7)}
     assert any("later-0" in batch for batch in asked), "the new engine works"
-    assert engines.events == [("actor_died", "generation-0"), ("actor_restarted", "generation-0")]
+    told = [event for event, actor in engines.events if actor == "generation-0"]
+    assert told == ["actor_died", "actor_restarted", "engine_answers"]
 
 
 def test_an_open_request_is_sent_again_when_its_engine_dies(runner, engines):
@@ -157,7 +158,30 @@ def test_pair_ratios_go_on_in_the_place_of_a_dead_background_scorer(runner, scor
 def test_the_death_of_the_refitter_fails_the_refit_and_the_next_one_has_another(runner):
     mortal = Mortal(runner, start(runner, RayRewardPool, ("DummyRewardServer", ()), ("DummyRefitter", ())))
     with pytest.raises(RunError, match=r"(?s)reward-1 died during refit.*another process") as caught:
-        runner.run(mortal.pool.refit(RefitRequest(1, np.arange(3), None, seed=-1)))
+        runner.run(mortal.pool.refit(RefitRequest(1, np.arange(3), None, seed=DEADLY)))
     assert not isinstance(caught.value, ActorDiedError), "a correction tries again after other failures only"
     assert runner.run(mortal.pool.refit(RefitRequest(1, np.arange(3), None, seed=0))).reward_version == 1
     runner.run(mortal.pool.close())
+
+
+def test_a_refit_that_passes_its_deadline_leaves_the_next_one_another_process(runner):
+    deadlines = DEADLINES.model_copy(update={"refit_s": 0.5})
+    pool = start(runner, RayRewardPool, ("DummyRewardServer", ()), ("DummyRefitter", ()), deadlines=deadlines)
+    mortal = Mortal(runner, pool)
+    with pytest.raises(RunError, match=r"reward-1 did not answer refit within 0.5 s; another process"):
+        runner.run(pool.refit(RefitRequest(1, np.arange(3), None, seed=ENDLESS)))
+    assert mortal.events == [("actor_died", "reward-1"), ("actor_restarted", "reward-1")]
+    pool.deadlines = DEADLINES
+    assert runner.run(pool.refit(RefitRequest(2, np.arange(3), None, seed=0))).reward_version == 2
+    runner.run(pool.close())
+
+
+def test_a_scorer_that_replaces_a_dead_one_is_not_told_of_what_a_failed_correction_staged(runner, scorers):
+    async def play():
+        await scorers.pool.stage_anchor("failed", SNAPSHOT)
+        await scorers.pool.discard()
+        await scorers.kill(0)
+        return await scorers.pool.score(respond(5), ("sft",))
+
+    assert runner.run(play())[0][0].tolist() == [5, 0]
+    assert scorers.memory(0) == []

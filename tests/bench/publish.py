@@ -1,4 +1,6 @@
-"""What a publish costs: python tests/bench/publish.py MODEL_FOLDER [--threads N] [--rounds N]
+"""What a publish costs.
+
+    PYTHONPATH=. .venv/bin/python tests/bench/publish.py MODEL_FOLDER [--threads N] [--rounds N]
 
 One table for a model in bfloat16 on one node: bytes a second from the trainer's memory into a segment, and from the
 segment into memory of the engine's (which vLLM's repacking reads in place instead), each beside a memcpy of as many

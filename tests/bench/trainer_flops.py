@@ -1,6 +1,6 @@
 """How much of the machine's arithmetic the policy's trainer uses, against a large matrix product in the same process.
 
-    PYTHONPATH=. python tests/bench/trainer_flops.py MODEL DATA [--rows 32] [--new-tokens 48] [--repeats 5]
+    PYTHONPATH=. .venv/bin/python tests/bench/trainer_flops.py MODEL DATA [--rows 32] [--new-tokens 48] [--repeats 5]
 
 MODEL: a causal language model's folder (SmolLM2-135M-Instruct); DATA: JSON rows with ``instruction``, ``input`` and
 ``output`` (Alpaca), whose outputs stand for ragged responses, two to a prompt. Useful work of an update is 6 x
