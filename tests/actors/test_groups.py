@@ -438,9 +438,17 @@ def test_shares_are_even_complete_and_never_empty(num_items, num_parts):
     assert len(shares) == min(num_items, num_parts)
 
 
+def listening(process):
+    """Where a process listens; nowhere if it has ended meanwhile."""
+    try:
+        found = process.net_connections("tcp")
+    except psutil.NoSuchProcess:
+        return []
+    return [connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN]
+
+
 def test_ray_listens_on_loopback_alone(session):
-    processes = psutil.Process().children(recursive=True)
-    addresses = [c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    addresses = [address for process in psutil.Process().children(recursive=True) for address in listening(process)]
     assert ray.get_runtime_context().gcs_address.startswith(LOOPBACK)
     assert addresses
     assert {address.removeprefix("::ffff:") for address in addresses} == {LOOPBACK}
