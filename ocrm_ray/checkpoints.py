@@ -5,6 +5,7 @@ the scorers' processes wrote, the coordinator's ``run.json``, and ``manifest.jso
 file, those of the live reward model included. A folder gets its name only when all that is on the disk.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -90,6 +91,8 @@ def finish(partial: Path, state: RunState, num_kept: int, origin: int | None = N
         reward = Path(reward_folder(run_dir, state.reward_version, ""))
         files |= {os.path.relpath(path, folder): _entry(path) for path in _files(reward)}
     (whole / STATE / MANIFEST).write_text(json.dumps(files, indent=2), encoding="utf-8")
+    for path in _files(whole):
+        _leave_cache(path)
     for path in (whole / STATE / MANIFEST, *(path for path in whole.rglob("*") if path.is_dir()), whole):
         _sync(path)
     shutil.rmtree(folder, ignore_errors=True)
@@ -171,8 +174,23 @@ def _entry(path: Path, to_disk: bool = True) -> dict[str, int]:
 
 
 def _sync(path: Path) -> None:
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+def _leave_cache(path: Path) -> None:
+    """Free the memory that holds a file which is on the disk: nobody reads it soon, and the next one wants pages too.
+
+    Pages that no one has used yet cost a virtual machine several times as much as those that it gets back.
+    """
+    with _opened(path) as descriptor:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)

@@ -25,6 +25,14 @@ def two_ranks():
         yield ranks
 
 
+@pytest.fixture(scope="session")
+def study_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the small study, run once."""
+    from small_study import run_small_study
+
+    return run_small_study(tmp_path_factory.mktemp("small"))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Of two workers one gets all whole runs: two at once take longer than one after the other."""

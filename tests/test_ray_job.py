@@ -1,5 +1,6 @@
 """``ray job submit`` as ``deploy/README.md`` says it, to a real cluster on loopback without this project."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from ocrm_ray.checkpoints import newest
 
@@ -33,10 +36,14 @@ SMALL = (
 
 @dataclass
 class Cluster:
-    """A node with a dashboard, through which jobs come; ``folder`` is what it shares with who submits."""
+    """A node with a dashboard, through which jobs come; ``folder`` is what it shares with who submits.
+
+    ``metrics``: the address that Prometheus would read.
+    """
 
     folder: Path
     environment: dict[str, str]
+    metrics: str
 
     def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(RAY), *arguments]
@@ -56,10 +63,11 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with socket.socket() as first, socket.socket() as second, socket.socket() as third:
-        for each in (first, second, third):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(4)]
+        for each in sockets:
             each.bind((LOOPBACK, 0))
-        gcs, dashboard, agent = (each.getsockname()[1] for each in (first, second, third))
+        gcs, dashboard, agent, metrics = (each.getsockname()[1] for each in sockets)
     folder = Path(tempfile.mkdtemp(prefix="job-", dir="/tmp"))  # sockets have short paths
     path = os.pathsep.join([str(RAY.parent), os.environ["PATH"]])
     without = ("PYTHONPATH", "RAY_ADDRESS")
@@ -73,11 +81,12 @@ def cluster() -> Iterator[Cluster]:
     }
     head = ["start", "--head", "--block", f"--port={gcs}", f"--node-ip-address={LOOPBACK}", f"--temp-dir={folder}/ray"]
     head += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    head += [f"--metrics-export-port={metrics}"]
     head += [f"--dashboard-agent-listen-port={agent}"]  # else another Ray of this machine may have it
     with (folder / "head.log").open("w") as log:
         node = subprocess.Popen([RAY, *head], cwd=folder, env=environment, stdout=log, stderr=log)
     try:
-        found = Cluster(folder, environment)
+        found = Cluster(folder, environment, f"http://{LOOPBACK}:{metrics}/metrics")
         give_up = time.monotonic() + 120
         while found.ray("job", "submit", "--", "true").returncode:  # the agent that starts jobs comes last
             assert time.monotonic() < give_up, (folder / "head.log").read_text()
@@ -109,7 +118,9 @@ def test_a_submitted_run_with_a_mistake_fails_with_exit_status_2_and_names_it(cl
     assert not (cluster.folder / "runs" / "mistake").exists()
 
 
-def test_a_stopped_job_leaves_a_checkpoint_behind_its_last_update(cluster: Cluster) -> None:
+@pytest.fixture(scope="module")
+def going(cluster: Cluster) -> Path:
+    """The folder of a job that is in its updates and has many left."""
     run_dir = cluster.folder / "runs" / "stopped"
     keys = "policy.num_updates=400", "evaluation.every=400", "checkpoint.every=400"
     assert cluster.submit("stopped", "configs/embedded.yaml", "--no-wait", *keys).returncode == 0
@@ -117,8 +128,26 @@ def test_a_stopped_job_leaves_a_checkpoint_behind_its_last_update(cluster: Clust
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
         assert time.monotonic() < give_up, cluster.ray("job", "logs", "stopped").stdout
         time.sleep(0.2)
+    return run_dir
+
+
+def test_a_live_run_offers_every_figure_that_the_dashboard_shows(cluster: Cluster, going: Path) -> None:
+    dashboard = (ROOT / "deploy" / "grafana" / "ocrm-ray.json").read_text()
+    asked, found, give_up = set(re.findall(r"\bray_ocrm_\w+", dashboard)), set(), time.monotonic() + JOB_S
+    assert asked
+    while not asked <= found:  # those of a correction come with the first one
+        assert time.monotonic() < give_up, f"not offered: {sorted(asked - found)}"
+        time.sleep(0.2)
+        text = urllib.request.urlopen(cluster.metrics, timeout=60).read().decode()
+        families = text_string_to_metric_families(text)
+        samples = [sample for family in families for sample in family.samples]
+        found = {sample.name for sample in samples if sample.labels.get("run") == str(going)}
+
+
+def test_a_stopped_job_leaves_a_checkpoint_behind_its_last_update(cluster: Cluster, going: Path) -> None:
     assert cluster.ray("job", "stop", "stopped").returncode == 0
     assert "STOPPED" in (cluster.ray("job", "status", "stopped").stdout + cluster.ray("job", "list").stdout)
-    saved = newest(run_dir)
+    saved = newest(going)
     assert saved is not None
-    assert saved.state.step == max(json.loads(line)["step"] for line in metrics.read_text().splitlines())
+    lines = (going / "metrics.jsonl").read_text().splitlines()
+    assert saved.state.step == max(json.loads(line)["step"] for line in lines)
