@@ -6,6 +6,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from disk_faults import files_up_to
 from safetensors.torch import load_file
 from tiny_models import (
     BAD,
@@ -82,6 +83,20 @@ def test_weights_of_zero_on_mislabelled_pairs_restore_the_order(tmp_path):
     uniform = refitter.refit(request(800, version=2))
     assert weighted.heldout_accuracy > 0.9
     assert uniform.heldout_accuracy < 0.3
+
+
+def test_a_refit_that_the_disk_refuses_leaves_no_model_and_the_next_one_is_that_of_a_good_disk(tmp_path):
+    pairs = random_pairs(100, seed=1)
+    good, other = make_refitter(tmp_path / "good", pairs), make_refitter(tmp_path / "other", pairs)
+    expected = good.refit(request(100))
+    with files_up_to(1000), pytest.raises(Exception, match="File too large"):
+        other.refit(request(100))
+    written = tmp_path / "other" / "test" / "reward" / "v1"
+    assert not written.exists()
+    assert other.refit(request(100)).loss == expected.loss
+    found, wanted = (scores_of(tmp_path / name / "test/reward/v1", pairs) for name in ("other", "good"))
+    assert all(torch.equal(*sides) for sides in zip(found, wanted, strict=True))
+    assert [path.name for path in written.parent.iterdir()] == ["v1"]
 
 
 def test_refit_uses_the_pairs_of_its_indices(tmp_path):

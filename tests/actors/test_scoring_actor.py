@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from disk_faults import files_up_to
 from tiny_models import EOS, build_policy, pad_batch, random_pairs, run_config, save_pairs, save_policy
 
 from actors import scoring
 from actors.scoring import ScoringActor
 from actors.weight_transport import WeightExporter
+from ocrm_ray.checkpoints import ANCHOR, STATE
 from ocrm_ray.networks import CausalModel, response_logprobs
 
 PAIRS = random_pairs(11, seed=1)
@@ -91,6 +93,15 @@ def test_commit_again_or_of_nothing_staged_changes_nothing(actor, tmp_path):
     actor.score(SEQUENCES, ("snapshot-9",))  # still staged
     actor.commit("snapshot-10", 3)
     assert_rows_close(actor.score(SEQUENCES)[0], before)
+
+
+def test_an_anchor_that_the_disk_refuses_is_no_model_folder(actor, tmp_path):
+    actor.stage_anchor("snapshot-3", published(tmp_path))
+    actor.commit("snapshot-3", 3)
+    actor.capture()
+    with files_up_to(1000), pytest.raises(Exception, match="File too large"):
+        actor.write_anchor(tmp_path, 3)
+    assert not (tmp_path / STATE / ANCHOR).exists()
 
 
 def test_unknown_slot_is_refused(actor):
