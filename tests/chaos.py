@@ -319,7 +319,8 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
-    config = WORLD | {"policy": {"num_updates": arguments.kills * arguments.every + 10}}
+    num_updates = arguments.kills * (arguments.every + 2) + 10  # some go by until the next victim is at work
+    config = WORLD | {"policy": {"num_updates": num_updates}}
     golds = calm_golds(folder, config, arguments.undisturbed)
     with driven(folder, "chaos", config, [{}, {}]) as driver:
         started = time.monotonic()
