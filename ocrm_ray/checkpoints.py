@@ -5,7 +5,6 @@ the scorers' processes wrote, the coordinator's ``run.json``, and ``manifest.jso
 file, those of the live reward model included. A folder gets its name only when all that is on the disk.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -24,7 +23,8 @@ from ocrm_ray.records import OnPolicyState
 STATE, RUN, MANIFEST = "state", "run.json", "manifest.json"
 POLICY, ANCHOR = "policy", "anchor"
 FOLDER, PREFIX = "checkpoints", "step-"
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 20
+"""Of a file, read at once: what a core's cache holds."""
 
 
 class RunState(Section):
@@ -91,8 +91,6 @@ def finish(partial: Path, state: RunState, num_kept: int, origin: int | None = N
         reward = Path(reward_folder(run_dir, state.reward_version, ""))
         files |= {os.path.relpath(path, folder): _entry(path) for path in _files(reward)}
     (whole / STATE / MANIFEST).write_text(json.dumps(files, indent=2), encoding="utf-8")
-    for path in _files(whole):
-        _leave_cache(path)
     for path in (whole / STATE / MANIFEST, *(path for path in whole.rglob("*") if path.is_dir()), whole):
         _sync(path)
     shutil.rmtree(folder, ignore_errors=True)
@@ -164,33 +162,18 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _entry(path: Path, to_disk: bool = True) -> dict[str, int]:
     """Size and CRC-32 of a file, which is brought to the disk."""
-    checksum, size = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+    checksum, size, chunk = 0, 0, memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while num_read := file.readinto(chunk):
+            checksum, size = zlib.crc32(chunk[:num_read], checksum), size + num_read
         if to_disk:
             os.fsync(file.fileno())
     return {"bytes": size, "crc32": checksum}
 
 
 def _sync(path: Path) -> None:
-    with _opened(path) as descriptor:
-        os.fsync(descriptor)
-
-
-def _leave_cache(path: Path) -> None:
-    """Free the memory that holds a file which is on the disk: nobody reads it soon, and the next one wants pages too.
-
-    Pages that no one has used yet cost a virtual machine several times as much as those that it gets back.
-    """
-    with _opened(path) as descriptor:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield descriptor
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -1,15 +1,11 @@
 """Checkpoints as files, and runs that are cut off anywhere and go on from them, over fakes on a virtual clock."""
 
 import asyncio
-import ctypes
 import errno
-import math
-import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from fakes import FakeGeneration, FakePolicy, FakePools, FakeReward, tiny_run
 from hypothesis import given, settings
@@ -59,30 +55,6 @@ def test_a_checkpoint_reads_back_as_it_was_written_with_everything_inside(tmp_pa
     assert found is not None
     assert (found.state, found.folder, found.refused) == (state, folder, ())
     assert found.anchor_path == str(folder / STATE / "anchor")
-
-
-def share_in_memory(path: Path) -> float:
-    """Of a file's pages, as the system tells."""
-    size = path.stat().st_size
-    states = (ctypes.c_ubyte * math.ceil(size / mmap.PAGESIZE))()
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as pages:
-        start = ctypes.c_char.from_buffer(pages)
-        failed = ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(size), states)
-        del start  # else the file stays mapped
-    assert not failed
-    return sum(state & 1 for state in states) / len(states)
-
-
-def test_a_checkpoint_leaves_memory_to_others_once_it_is_on_the_disk(tmp_path: Path) -> None:
-    mounts = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
-    if next(mounts[str(above)] for above in tmp_path.resolve().parents if str(above) in mounts) == "tmpfs":
-        pytest.skip("the temporary folder is in memory")
-    partial = checkpoints.begin(tmp_path, 4)
-    (partial / "policy").mkdir()
-    (partial / "policy" / "model.safetensors").write_bytes(bytes(1 << 24))
-    assert share_in_memory(partial / "policy" / "model.safetensors") == 1
-    folder = checkpoints.finish(partial, state_of(4), num_kept=1)
-    assert share_in_memory(folder / "model.safetensors") < 0.5  # pages that another core has just touched may stay
 
 
 def test_the_newest_stay_and_no_partial_folder_is_left(tmp_path: Path) -> None:
