@@ -15,6 +15,7 @@ from types import ModuleType
 import pyarrow
 import pyarrow.parquet
 import pytest
+from disk_faults import full_after
 from offline_stages import run_stages
 from safetensors import SafetensorError
 
@@ -565,11 +566,9 @@ def test_a_fault_is_told_without_traceback_with_status_1_and_a_run_after_it_trus
     assert results(workplace) == expected[()]
 
 
-def full_after(num_files: int) -> int:
-    """Exit status of a run on a disk that takes so many files."""
-    left = iter(range(num_files))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: next(left, None) is None and failing(errno.ENOSPC)())
+def run_on_a_disk_for(num_files: int) -> int:
+    """Its exit status."""
+    with full_after(num_files):
         return main(["run", "run.yaml"])
 
 
@@ -577,7 +576,7 @@ def test_wherever_the_disk_is_full_the_next_run_has_the_results_of_an_undisturbe
     workplace: Path, expected: Expected
 ) -> None:
     num_ended = 0
-    while full_after(num_ended) == 1:
+    while run_on_a_disk_for(num_ended) == 1:
         assert main(["run", "run.yaml"]) == 0
         assert results(workplace) == expected[()]
         shutil.rmtree(workplace / "runs")
@@ -586,15 +585,16 @@ def test_wherever_the_disk_is_full_the_next_run_has_the_results_of_an_undisturbe
 
 
 LIMITED = """
-import resource, sys
+import sys
 from types import ModuleType
+from disk_faults import files_up_to
 from offline_stages import run_stages
 from ocrm_ray.cli import main
 launcher = ModuleType("actors.launcher")
 launcher.run = lambda config, resume: run_stages(config)
 sys.modules["actors.launcher"] = launcher
-resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-sys.exit(main(["run", "run.yaml"]))
+with files_up_to(3000):
+    sys.exit(main(["run", "run.yaml"]))
 """
 
 

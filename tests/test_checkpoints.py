@@ -1,12 +1,10 @@
 """Checkpoints as files, and runs that are cut off anywhere and go on from them, over fakes on a virtual clock."""
 
 import asyncio
-import errno
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from disk_faults import full_after
 from fakes import FakeGeneration, FakePolicy, FakePools, FakeReward, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,33 +129,20 @@ def test_where_every_checkpoint_is_broken_the_error_says_what_to_do(tmp_path: Pa
 
 
 def test_wherever_the_disk_is_full_while_a_checkpoint_is_written_the_one_before_it_is_whole_and_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    older, real, num_calls = write(tmp_path, state_of(2)), os.fsync, 0
-
-    def fails_at(number: int) -> Callable[[int], None]:
-        def limited(descriptor: int) -> None:
-            nonlocal num_calls
-            num_calls += 1
-            if num_calls == number:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            real(descriptor)
-
-        return limited
-
-    for number in range(1, 100):
-        num_calls = 0
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", fails_at(number))
-            try:
+    older = write(tmp_path, state_of(2))
+    for num_files in range(100):
+        try:
+            with full_after(num_files):
                 write(tmp_path, state_of(4))
-            except OSError:
-                found = newest(tmp_path)
-                assert found is not None
-                assert (found.folder, found.refused) in [(older, ()), (tmp_path / "checkpoints" / "step-4", ())]
-                continue
+        except OSError:
+            found = newest(tmp_path)
+            assert found is not None
+            assert (found.folder, found.refused) in [(older, ()), (tmp_path / "checkpoints" / "step-4", ())]
+            continue
         break
-    assert number > 3
+    assert num_files > 2
     found = newest(tmp_path)
     assert found is not None
     assert found.state.step == 4
