@@ -1,13 +1,15 @@
 """Kills the processes of one run, role after role, and looks whether anything was lost.
 
-    PYTHONPATH=. .venv/bin/python tests/chaos.py [--kills 30] [--seed 1] [--undisturbed 3] [--folder FOLDER]
+    PYTHONPATH=. .venv/bin/python tests/chaos.py [--kills 30] [--seed 1] [--undisturbed 3] [--deterministic]
+        [--folder FOLDER]
 
 A two-node Ray cluster on loopback, of this machine's own processes, carries one run on the embedded world. Every few
 updates a process gets SIGKILL while it works: an engine's worker, a generation actor, a scorer, the ratios' scorer, a
 reward server, the refitter, the trainer, the evaluator, the coordinator, the driver (which is started again with
 ``--resume``), the second node's raylet (which is started again). Exit status 0 if the run reached its last update, each
 prompt was trained on exactly once an epoch in the lineage that survived, and gold at the end is within the interval of
-undisturbed runs on the same stages; else 1.
+undisturbed runs on the same stages; else 1. With ``--deterministic`` there is no interval: the disturbed run must equal
+each undisturbed one, in every figure of every update, those that were done again too, and in every weight at the end.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from typing import Any
 
 import psutil
 import yaml
+from kill_and_resume import differences
 
 from ocrm_ray.run_files import read_run
 from ocrm_ray.seed_statistics import student_quantile
@@ -49,7 +52,7 @@ TITLES = {
     "coordinator": "ray::coordinator",
 }
 """What the title of a role's process begins with while it works."""
-WORLD = {
+WORLD: dict[str, Any] = {
     "world": {"kind": "praise", "num_prompts": 400},
     "data": {"num_heldout": 48},
     "sft": {"num_epochs": 2},
@@ -63,6 +66,12 @@ WORLD = {
     "deadlines": {"request_s": 300, "start_s": 300},
     "lease": {"heartbeat_s": 0.5, "num_missed": 6},
 }
+DETERMINISTIC = {
+    "deterministic": True,
+    "rollout": WORLD["rollout"] | {"max_staleness": 0},
+    "pools": {"generation": {"max_running": 1}},
+}
+"""What the mode needs beside ``WORLD``."""
 
 
 class Nodes:
@@ -315,13 +324,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--undisturbed", type=int, default=3, help="runs that gold is compared with")
     parser.add_argument("--every", type=int, default=5, help="updates between two kills")
+    parser.add_argument("--deterministic", action="store_true", help="the runs must be equal, bit for bit")
     parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
-    num_updates = arguments.kills * (arguments.every + 2) + 10  # some go by until the next victim is at work
-    config = WORLD | {"policy": {"num_updates": num_updates}}
-    golds = calm_golds(folder, config, arguments.undisturbed)
+    num_updates = arguments.kills * (arguments.every + 4) + 10  # some go by until the next victim is at work
+    config = WORLD | {"policy": {"num_updates": num_updates}} | (DETERMINISTIC if arguments.deterministic else {})
+    golds, runs = calm_golds(folder, config, arguments.undisturbed), folder / "runs"
     with driven(folder, "chaos", config, [{}, {}]) as driver:
         started = time.monotonic()
         killed = disturb(driver, draw_roles(arguments.kills, 2, arguments.seed), arguments.every)
@@ -334,8 +344,11 @@ def main() -> int:
         print(f"{len(killed)} kills, {driver.num_starts} starts of the driver, {time.monotonic() - started:.0f} s")
     if len(killed) < arguments.kills:
         found.append(f"only {len(killed)} of {arguments.kills} kills before the run was done")
-    found += unlike(gold, golds)
-    print("\n".join(found) or "nothing was lost")
+    if arguments.deterministic:
+        found += [line for number in range(len(golds)) for line in differences(runs / f"calm-{number}", runs / "chaos")]
+    else:
+        found += unlike(gold, golds)
+    print("\n".join(found[:20]) or "nothing was lost")
     return 1 if found else 0
 
 
