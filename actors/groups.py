@@ -16,6 +16,7 @@ import numpy as np
 from actors.ray_pool import RayPool, together
 from actors.remote_actor import RemoteActor
 from actors.shared_group import Share
+from ocrm_ray.checked_files import Entry
 from ocrm_ray.config import Deadlines
 from ocrm_ray.errors import ActorDiedError, DeadlineError, RunError
 from ocrm_ray.pools import Cluster, Evaluator, PolicyPool
@@ -90,13 +91,17 @@ class RayPolicyPool(RayPool):
     stage = in_turn(PolicyPool.stage)
     commit = in_turn(PolicyPool.commit)
     capture = in_turn(PolicyPool.capture)
-    write_checkpoint = asks(PolicyPool.write_checkpoint)
     saved_snapshot = in_turn(PolicyPool.saved_snapshot)
     _save_together = in_turn(PolicyPool.save)
 
     def __init__(self, actors: Seq[RemoteActor], share: Share, deadlines: Deadlines) -> None:
         super().__init__(actors, share, deadlines)
         self.turn = asyncio.Lock()
+
+    async def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> dict[str, Entry]:
+        told = "write_checkpoint", folder, snapshot
+        answers = await self.ask_all(self.actors, *told, deadline_s=self.deadlines.request_s)
+        return {name: entry for written in answers for name, entry in written.items()}
 
     async def save(self, name: str, weights: PolicyWeights | None = None) -> None:
         if weights is None:

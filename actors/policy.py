@@ -22,6 +22,7 @@ from ocrm_ray import networks, ranks
 from ocrm_ray import policy_learning as learning
 from ocrm_ray.algorithm.reward_scores import calibration, recentre
 from ocrm_ray.batches import SequenceTable, length_chunks, pad_rows
+from ocrm_ray.checked_files import Entry, write_arrays
 from ocrm_ray.checkpoints import POLICY, STATE
 from ocrm_ray.config import RunConfig
 from ocrm_ray.networks import table_logprobs
@@ -259,26 +260,29 @@ class PolicyActor:
         # the module, not the engine: a promotion may close a critic's before it is written
         self._captured = figures, {name: (engine.module, engine.capture()) for name, engine in engines.items()}
 
-    def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> None:
+    def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> dict[str, Entry]:
         """As the protocol says, beside updates; every rank writes what it captured, and rank 0 the rest."""
         from safetensors.torch import save_file
 
         figures, captured = self._captured
         del self._captured
+        written = {}
         for name, (module, state) in captured.items():
             place = folder / (POLICY if name == POLICY else f"{STATE}/{name}")
             assert state.weights is not None, "as captured"
             write_model(module, self._tokenizer, place, state.weights)
             figures[f"{name}_steps"] = state.num_steps
             for kind, tensors in state.tensors.items():
-                save_file(tensors, folder / STATE / f"{name}-{kind}-{ranks.rank()}.safetensors")
+                file = f"{STATE}/{name}-{kind}-{ranks.rank()}.safetensors"
+                written[file] = write_arrays({key: value.numpy() for key, value in tensors.items()}, folder / file)
         if ranks.rank() > 0:
-            return
+            return written
         if snapshot is not None:
             with WeightReader().read(snapshot) as tensors:
                 save_file(tensors, folder / STATE / SNAPSHOT)
             figures["snapshot_version"] = snapshot.version
         (folder / STATE / TRAINER).write_text(json.dumps(figures), encoding="utf-8")
+        return written
 
     @_alone
     def saved_snapshot(self) -> PolicyWeights | None:

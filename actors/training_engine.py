@@ -31,6 +31,8 @@ GATHERED_BYTES = 2**28
 """Of the weights that ZeRO 3 spreads over ranks, what is put together at once; a larger tensor alone."""
 MASTERS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 Part = TypeVar("Part")
+Copied = Callable[[str, Tensor], Tensor]
+"""A copy on the CPU of the tensor of that name."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class TrainingEngine:
         self._engine = initialise(module, settings)
         self.device: torch.device = self._engine.device
         self._module = module
+        self._copies: dict[str, Tensor] = {}
         # DeepSpeed casts buffers with the weights: rotary frequencies in bfloat16 misplace tokens by whole positions.
         for name, buffer in buffers.items():
             owner = module.get_submodule(name.rpartition(".")[0])
@@ -166,15 +169,19 @@ class TrainingEngine:
         return [moment / (1 - self._settings.beta2**self._num_steps) for moment in found]
 
     def capture(self) -> EngineState:
-        """A copy of everything that ``restore`` needs, masters where the weights that leave are rounded or merged."""
+        """A copy of everything that ``restore`` needs, masters where the weights that leave are rounded or merged.
+
+        It is good until the next one, which is made in the same memory: memory that has been free meanwhile costs more
+        than the copy, most of all in virtual machines that give it back to their host.
+        """
         kinds = [] if self._settings.is_plain and self._settings.lora is None else [MASTERS]
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in [*kinds, *(MOMENTS if self._num_steps else ())]}
         for number, (name, parameter) in enumerate(self._trained().items()):
             for kind, kept in tensors.items():
                 whole = self._whole(parameter, kind)
                 if number % ranks.num_ranks() == ranks.rank():
-                    kept[name] = whole.to("cpu", copy=self._settings.is_plain)
-        return EngineState(self._num_steps, tensors, self.weights())
+                    kept[name] = self._copied(f"{kind} of {name}", whole)
+        return EngineState(self._num_steps, tensors, self.weights(self._copied))
 
     def restore(self, state: EngineState) -> None:
         """Go on as the engine went on that ``state`` was captured from; its (rounded) weights, where they are not those
@@ -193,6 +200,11 @@ class TrainingEngine:
         for kind in MOMENTS:
             for name, value in state.tensors[kind].items():
                 self._set_whole(named[name], kind, value.to(self.device))
+
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self._copies:
+            self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return self._copies[name].copy_(tensor)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self._module.named_parameters() if parameter.requires_grad}
@@ -313,7 +325,7 @@ class TrainingEngine:
         )
         return gathered
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, copied: Copied = lambda _, tensor: tensor.to("cpu", copy=True)) -> dict[str, Tensor]:
         """A copy of the full weights on rank 0's CPU, tied ones once under all names; nothing elsewhere."""
         if ranks.rank() > 0:
             self.take_part()
@@ -323,7 +335,7 @@ class TrainingEngine:
         for bucket in self.buckets():
             for name, tensor in bucket.items():
                 if identity[name] not in copies:
-                    copies[identity[name]] = tensor.to("cpu", copy=True)
+                    copies[identity[name]] = copied(name, tensor)
         return {name: copies[each] for name, each in identity.items()}
 
     def take_part(self) -> None:

@@ -8,14 +8,14 @@ file, those of the live reward model included. A folder gets its name only when 
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from ocrm_ray.algorithm.schedule import CorrectionClock
+from ocrm_ray.checked_files import Entry, entry_of
 from ocrm_ray.config import Section
 from ocrm_ray.errors import mistake
 from ocrm_ray.records import OnPolicyState
@@ -23,8 +23,6 @@ from ocrm_ray.records import OnPolicyState
 STATE, RUN, MANIFEST = "state", "run.json", "manifest.json"
 POLICY, ANCHOR = "policy", "anchor"
 FOLDER, PREFIX = "checkpoints", "step-"
-CHUNK_BYTES = 1 << 20
-"""Of a file, read at once: what a core's cache holds."""
 
 
 class RunState(Section):
@@ -77,19 +75,23 @@ def begin(run_dir: Path, step: int) -> Path:
     return partial
 
 
-def finish(partial: Path, state: RunState, num_kept: int, origin: int | None = None) -> Path:
+def finish(
+    partial: Path, state: RunState, written: Mapping[str, Entry], num_kept: int, origin: int | None = None
+) -> Path:
     """Write the coordinator's part, bring everything to the disk, give the folder its name.
 
-    The newest ``num_kept`` stay, and that of step ``origin``. Those of later steps are of a future that was given up:
-    the run went back to before them.
+    ``written``: entries, by path in ``partial``, of files that are on the disk already; they are not read again. The
+    newest ``num_kept`` checkpoints stay, and that of step ``origin``. Those of later steps are of a future that was
+    given up: the run went back to before them.
     """
     run_dir, folder, whole = partial.parents[1], partial.with_name(f"{PREFIX}{state.step}"), partial / POLICY
     (partial / STATE).rename(whole / STATE)
     (whole / STATE / RUN).write_text(state.model_dump_json(), encoding="utf-8")
-    files = {str(path.relative_to(whole)): _entry(path) for path in _files(whole)}
+    others = {name: path for path in _files(whole) if (name := str(path.relative_to(whole))) not in written}
+    files = {**written, **{name: entry_of(path, to_disk=True) for name, path in others.items()}}
     if state.reward_version:
         reward = Path(reward_folder(run_dir, state.reward_version, ""))
-        files |= {os.path.relpath(path, folder): _entry(path) for path in _files(reward)}
+        files |= {os.path.relpath(path, folder): entry_of(path, to_disk=True) for path in _files(reward)}
     (whole / STATE / MANIFEST).write_text(json.dumps(files, indent=2), encoding="utf-8")
     for path in (whole / STATE / MANIFEST, *(path for path in whole.rglob("*") if path.is_dir()), whole):
         _sync(path)
@@ -146,7 +148,7 @@ def _fault(folder: Path) -> str | None:
     try:
         files = json.loads((folder / STATE / MANIFEST).read_bytes())
         for name, entry in files.items():
-            if _entry(folder / name, to_disk=False) != entry:
+            if entry_of(folder / name) != entry:
                 return f"{name} is not what was written"
         RunState.model_validate_json((folder / STATE / RUN).read_bytes())
     except OSError as error:
@@ -158,17 +160,6 @@ def _fault(folder: Path) -> str | None:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _entry(path: Path, to_disk: bool = True) -> dict[str, int]:
-    """Size and CRC-32 of a file, which is brought to the disk."""
-    checksum, size, chunk = 0, 0, memoryview(bytearray(CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while num_read := file.readinto(chunk):
-            checksum, size = zlib.crc32(chunk[:num_read], checksum), size + num_read
-        if to_disk:
-            os.fsync(file.fileno())
-    return {"bytes": size, "crc32": checksum}
 
 
 def _sync(path: Path) -> None:

@@ -270,14 +270,15 @@ class Coordinator:
         """``measuring``: the evaluation that the checkpoint's step may have; it would be missing later on."""
         folder = checkpoints.begin(self.config.run_dir, state.step)
         trainer = self.pools.policy.write_checkpoint(folder, snapshot)
-        await asyncio.gather(trainer, self.pools.scoring.write_anchor(folder, state.anchor_version))
+        written, _ = await asyncio.gather(trainer, self.pools.scoring.write_anchor(folder, state.anchor_version))
         if snapshot is not None:
             await self.publisher.release(snapshot.version)
         if measuring is not None:
             await asyncio.wait([measuring])
         # where a scorer in place of a dead one finds the anchor that this run began with
         origin = self.saved.step if self.saved and self.saved.anchor_version else None
-        await asyncio.to_thread(checkpoints.finish, folder, state, self.config.checkpoint.num_kept, origin)
+        num_kept = self.config.checkpoint.num_kept
+        await asyncio.to_thread(checkpoints.finish, folder, state, written, num_kept, origin)
         self.log.event("checkpoint_saved", step=state.step)
 
     def _abandon(self, pumps: list["asyncio.Task[None]"]) -> None:

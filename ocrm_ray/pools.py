@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ocrm_ray.checked_files import Entry
 from ocrm_ray.checkpoints import Checkpoint
 from ocrm_ray.metrics import Observer
 from ocrm_ray.progress import ProgressState
@@ -85,8 +86,11 @@ class PolicyPool(Protocol):
     async def capture(self) -> None:
         """Copy out what a checkpoint holds of the trainer; call between two updates."""
 
-    async def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> None:
-        """Write what was captured into a checkpoint's folder, and the ``snapshot`` of a correction in flight."""
+    async def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> dict[str, Entry]:
+        """Write what was captured into a checkpoint's folder, and the ``snapshot`` of a correction in flight.
+
+        Returns entries of those files that are on the disk already, by their paths in the folder.
+        """
 
     async def saved_snapshot(self) -> PolicyWeights:
         """That snapshot, of the checkpoint from which the trainer went on, exported again."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ocrm_ray.checked_files import Entry
 from ocrm_ray.checkpoints import Checkpoint
 from ocrm_ray.config import RunConfig
 from ocrm_ray.judge import JudgeStatistics
@@ -165,12 +166,13 @@ class FakePolicy:
         assert not self.busy, "a checkpoint in the middle of an update"
         self.captured = self.version
 
-    async def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> None:
+    async def write_checkpoint(self, folder: Path, snapshot: PolicyWeights | None) -> dict[str, Entry]:
         await asyncio.sleep(self.write_s)
         assert snapshot is None or snapshot.version in self.exported, "written after its release"
         (folder / "policy").mkdir()
         (folder / "policy" / "version").write_text(str(self.captured))
         (folder / "state" / "snapshot").write_text("" if snapshot is None else str(snapshot.version))
+        return {}
 
     async def saved_snapshot(self) -> PolicyWeights:
         assert self.snapshot is not None

@@ -1,8 +1,10 @@
 """Checkpoints as files, and runs that are cut off anywhere and go on from them, over fakes on a virtual clock."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from disk_faults import full_after
 from fakes import FakeGeneration, FakePolicy, FakePools, FakeReward, tiny_run
@@ -13,6 +15,7 @@ from virtual_runs import NUM_PROMPTS, coordinate, cut_off, events, metrics, trai
 
 from ocrm_ray import checkpoints
 from ocrm_ray.algorithm.schedule import CorrectionClock
+from ocrm_ray.checked_files import Entry, write_arrays
 from ocrm_ray.checkpoints import STATE, RunState, newest
 from ocrm_ray.config import RunConfig
 from ocrm_ray.errors import UserError
@@ -28,12 +31,15 @@ def state_of(step: int, **changes: object) -> RunState:
     return RunState(step=step, **(fields | changes))  # type: ignore[arg-type]
 
 
-def write(run_dir: Path, state: RunState, num_kept: int = 10) -> Path:
+def write(
+    run_dir: Path, state: RunState, num_kept: int = 10, written: Callable[[Path], dict[str, Entry]] = lambda _: {}
+) -> Path:
+    """``written``: writes files of its own into the folder, and returns their entries."""
     partial = checkpoints.begin(run_dir, state.step)
     (partial / "policy").mkdir()
     (partial / "policy" / "model.safetensors").write_bytes(b"weights of %d" % state.step)
     (partial / STATE / "trainer.json").write_text("{}")
-    return checkpoints.finish(partial, state, num_kept)
+    return checkpoints.finish(partial, state, written(partial), num_kept)
 
 
 def test_a_checkpoint_reads_back_as_it_was_written_with_everything_inside(tmp_path: Path) -> None:
@@ -53,6 +59,47 @@ def test_a_checkpoint_reads_back_as_it_was_written_with_everything_inside(tmp_pa
     assert found is not None
     assert (found.state, found.folder, found.refused) == (state, folder, ())
     assert found.anchor_path == str(folder / STATE / "anchor")
+
+
+def moments(partial: Path) -> dict[str, Entry]:
+    file = f"{STATE}/policy-exp_avg-0.safetensors"
+    return {file: write_arrays({"weight": np.arange(6, dtype=np.float32)}, partial / file)}
+
+
+def lost_moments(partial: Path) -> dict[str, Entry]:
+    entries = moments(partial)
+    (partial / next(iter(entries))).unlink()
+    return entries
+
+
+def other_moments(partial: Path) -> dict[str, Entry]:
+    return {name: entry | {"crc32": entry["crc32"] ^ 1} for name, entry in moments(partial).items()}
+
+
+def test_files_that_were_on_the_disk_before_are_in_the_checkpoint_like_the_others(tmp_path: Path) -> None:
+    folder = write(tmp_path, state_of(4), written=moments)
+    found = newest(tmp_path)
+    assert found is not None
+    assert (found.folder, found.refused) == (folder, ())
+    path = folder / STATE / "policy-exp_avg-0.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"exp_avg-0\.safetensors is not what was written"):
+        newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"), [(lost_moments, "No such file or directory"), (other_moments, "is not what was written")]
+)
+def test_a_file_that_is_not_what_its_writer_told_is_noticed(
+    tmp_path: Path, written: Callable[[Path], dict[str, Entry]], reason: str
+) -> None:
+    older = write(tmp_path, state_of(2))
+    write(tmp_path, state_of(4), written=written)
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.folder == older
+    assert len(found.refused) == 1
+    assert found.refused[0].endswith(reason)
 
 
 def test_the_newest_stay_and_no_partial_folder_is_left(tmp_path: Path) -> None:

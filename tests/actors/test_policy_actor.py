@@ -25,7 +25,7 @@ from actors.training_engine import EngineSettings, TrainingEngine
 from actors.weight_transport import WeightReader
 from ocrm_ray import batches, networks
 from ocrm_ray.algorithm.schedule import CorrectionClock
-from ocrm_ray.checkpoints import STATE, RunState, begin, finish
+from ocrm_ray.checkpoints import STATE, RunState, begin, finish, newest
 from ocrm_ray.errors import RunError
 from ocrm_ray.networks import CausalModel, load_causal_lm, response_logprobs
 from ocrm_ray.records import OnPolicyState, RefitReport, Sequence
@@ -546,9 +546,11 @@ def test_a_trainer_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, algorithm, 
     rollouts = rollouts_of(asked, **live)
     report = asked.update(rollouts)
     partial = begin(tmp_path, 2)
-    asked.write_checkpoint(partial, snapshot)
+    written = asked.write_checkpoint(partial, snapshot)
     state = {"reward_version": 0, "anchor_version": 0, "num_issued": 2, "outstanding": (), "probe_bound": (1, 1)}
-    folder = finish(partial, RunState(step=2, clock=CorrectionClock(4), on_policy=OnPolicyState(), **state), num_kept=1)
+    run = RunState(step=2, clock=CorrectionClock(4), on_policy=OnPolicyState(), **state)
+    folder = finish(partial, run, written, num_kept=1)
+    assert newest(tmp_path).folder == folder
 
     resumed = PolicyActor(asked.config, asked.sft_path, reward, asked.run_dir, tmp_path / "again", checkpoint=folder)
     resumed.start()

@@ -164,6 +164,22 @@ def test_a_restored_engine_goes_on_bit_for_bit(make_engine, zero_stage, dtype, n
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize(("zero_stage", "dtype"), [PLAIN, BFLOAT16])
+def test_a_capture_is_made_in_the_memory_of_the_last_one_with_the_state_of_its_own_time(make_engine, zero_stage, dtype):
+    engine = make_engine(zero_stage, dtype)
+    train(engine, 1)
+    places, old = [], []
+    for tensors in (*(first := engine.capture()).tensors.values(), first.weights):
+        places += [tensor.data_ptr() for tensor in tensors.values()]
+        old += [tensor.clone() for tensor in tensors.values()]
+    train(engine, 1)
+    second = engine.capture()
+    new = [tensor for tensors in (*second.tensors.values(), second.weights) for tensor in tensors.values()]
+    assert [tensor.data_ptr() for tensor in new] == places
+    assert not all(torch.equal(*both) for both in zip(old, new, strict=True))
+    assert all(torch.equal(second.weights[name], tensor) for name, tensor in engine.weights().items())
+
+
 def skip(engine, factor):
     """A step on two parts, the first of which has a loss times ``factor``."""
     factors = iter((factor, 1.0))
