@@ -208,8 +208,11 @@ def kill(role: str, driver: Driver) -> bool:
     """SIGKILL for a process of the role, at work; False where the run was done before."""
     if role == "driver":
         assert driver.process is not None
+        coordinators = [process for process in driver.processes() if title(process).startswith(TITLES["coordinator"])]
         driver.process.kill()
         driver.process.wait()
+        # ends by itself; until then its lines could be taken for those of the run that goes on
+        psutil.wait_procs(coordinators, timeout=PATIENCE_S)
         return True
     if role == "raylet":
         driver.nodes.replace_last()

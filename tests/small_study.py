@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 from program import ROOT, ocrm_ray
+from synthetic_runs import read_lines
 
 METHODS: dict[str, dict[str, Any]] = {
     "metarm": {"correction.strategy": "metarm"},
@@ -54,3 +55,13 @@ def run_small_study(folder: Path) -> Path:
     (folder / "quick.yaml").write_text(yaml.safe_dump(study | {"output_dir": str(folder)}, sort_keys=False))
     ocrm_ray("study", folder / "quick.yaml")
     return folder / "quick"
+
+
+def told(study_dir: Path, arm: str, event: str) -> list[dict[str, Any]]:
+    """The arm's events of that name."""
+    return [row for row in read_lines(study_dir / arm / "seed-1" / "events.jsonl") if row["event"] == event]
+
+
+def metrics(study_dir: Path, arm: str) -> list[dict[str, Any]]:
+    """The arm's lines, a step each."""
+    return read_lines(study_dir / arm / "seed-1" / "metrics.jsonl")

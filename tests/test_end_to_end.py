@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from program import ocrm_ray
-from small_study import ARMS, SCHEDULES
+from small_study import ARMS, SCHEDULES, metrics, told
 from synthetic_runs import read_lines
 
 from ocrm_ray.praise import VOCABULARY
@@ -14,55 +14,39 @@ from ocrm_ray.praise import VOCABULARY
 pytestmark = pytest.mark.real
 
 
-def events(study_dir: Path, arm: str) -> list[dict[str, object]]:
-    return read_lines(study_dir / arm / "seed-1" / "events.jsonl")
-
-
 def test_both_schedules_promote_corrections_with_their_lag(study_dir: Path) -> None:
-    lags = {
-        arm: [
-            row["lag_steps"]
-            for row in read_lines(study_dir / arm / "seed-1" / "events.jsonl")
-            if row["event"] == "promoted"
-        ]
-        for arm in SCHEDULES
-    }
+    lags = {arm: [row["lag_steps"] for row in told(study_dir, arm, "promoted")] for arm in SCHEDULES}
     assert lags == {"overlapped": [2, 2], "paper": [0, 0]}
 
 
 def test_rollouts_finish_inside_every_overlapped_correction_window(study_dir: Path) -> None:
-    rows = events(study_dir, "overlapped")
-    promoted = [row for row in rows if row["event"] == "promoted"]
+    promoted = told(study_dir, "overlapped", "promoted")
     assert promoted
     assert all(row["num_rollouts_finished"] > 0 for row in promoted)
 
 
 def test_the_moving_anchor_is_the_snapshot_and_the_frozen_one_stays(study_dir: Path) -> None:
-    anchors = {
-        arm: [row["anchor_version"] for row in read_lines(study_dir / arm / "seed-1" / "metrics.jsonl")]
-        for arm in SCHEDULES
-    }
+    anchors = {arm: [row["anchor_version"] for row in metrics(study_dir, arm)] for arm in SCHEDULES}
     assert set(anchors["overlapped"]) == {0}
     assert anchors["paper"] == [0, 0, 0, 3, 3, 3, 6, 6, 6]
 
 
 def test_engine_and_trainer_agree_after_every_publish(study_dir: Path) -> None:
     for arm in SCHEDULES:
-        rows = events(study_dir, arm)
-        probes = [row for row in rows if row["event"] == "probe_measured"]
+        probes = told(study_dir, arm, "probe_measured")
         assert probes
         assert all(probe["gap"] < 1e-4 for probe in probes)
 
 
 def test_every_step_has_its_line_and_evaluations_have_gold(study_dir: Path) -> None:
-    rows = read_lines(study_dir / "overlapped" / "seed-1" / "metrics.jsonl")
+    rows = metrics(study_dir, "overlapped")
     assert [row["step"] for row in rows] == list(range(9))
     assert [row["step"] for row in rows if row["gold_mean"] is not None] == [0, 4, 8]
 
 
 def test_arms_share_their_stages_and_differ_in_nothing_before_rl(study_dir: Path) -> None:
     assert (study_dir / "shared" / "seed-1" / "reward" / "stage.json").exists()
-    first = [read_lines(study_dir / arm / "seed-1" / "metrics.jsonl")[0] for arm in SCHEDULES]
+    first = [metrics(study_dir, arm)[0] for arm in SCHEDULES]
     assert first[0]["gold_mean"] == first[1]["gold_mean"]
     assert first[0]["proxy_mean"] == pytest.approx(first[1]["proxy_mean"], abs=1e-6)
 

@@ -7,14 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 from kill_and_resume import differences, finish, kill_at
-from small_study import METHODS, SAME
+from small_study import METHODS, SAME, metrics, told
 from synthetic_runs import read_lines
 
 pytestmark = pytest.mark.real
-
-
-def told(study_dir: Path, arm: str, event: str) -> list[dict[str, object]]:
-    return [row for row in read_lines(study_dir / arm / "seed-1" / "events.jsonl") if row["event"] == event]
 
 
 def test_every_arm_of_a_study_ends_with_its_figures(study_dir: Path) -> None:
@@ -29,13 +25,13 @@ def test_corrections_that_learn_from_rollouts_get_them(study_dir: Path) -> None:
     for arm in ("relabel", "rlp-spg"):
         assert [row["num_prompts"] for row in told(study_dir, arm, "pairs_added")[:1]] == [16], arm
     relabelled = [row["num_pairs"] for row in told(study_dir, "relabel", "pairs_added")]
-    assert 0 < relabelled[0] < relabelled[1]  # type: ignore[operator]
+    assert 0 < relabelled[0] < relabelled[1]
     spreads = [row["reward_spread"] for row in told(study_dir, "metarm", "refit_finished")]
     assert spreads
-    assert all(0.25 <= spread < 0.75 for spread in spreads)  # type: ignore[operator]
+    assert all(0.25 <= spread < 0.75 for spread in spreads)
     losses = [row["view_loss"] for row in told(study_dir, "rlp-uml", "refit_finished")]
     assert losses
-    assert all(math.isfinite(loss) for loss in losses)  # type: ignore[arg-type]
+    assert all(math.isfinite(loss) for loss in losses)
 
 
 def test_no_correction_of_any_arm_fails(study_dir: Path) -> None:
@@ -46,14 +42,14 @@ def test_no_correction_of_any_arm_fails(study_dir: Path) -> None:
 
 
 def test_an_offline_arm_generates_nothing_but_what_is_measured(study_dir: Path) -> None:
-    rows = read_lines(study_dir / "wpo/seed-1/metrics.jsonl")
+    rows = metrics(study_dir, "wpo")
     assert [row["step"] for row in rows if row["gold_mean"] is not None] == [0, 2, 4, 6]
     assert all(row["rollout_tokens"] is None for row in rows)
     assert not told(study_dir, "wpo", "correction_started")
 
 
 def test_weights_of_exponent_0_and_moves_of_length_0_give_the_trajectory_of_the_plain_refit(study_dir: Path) -> None:
-    rows = {arm: read_lines(study_dir / arm / "seed-1" / "metrics.jsonl") for arm in SAME}
+    rows = {arm: metrics(study_dir, arm) for arm in SAME}
     for figure in ("reward_version", "reward_mean", "kl_sft", "loss", "grad_norm", "rollout_tokens", "proxy_mean"):
         known = {arm: [row[figure] for row in rows[arm] if row[figure] is not None] for arm in SAME}
         assert len(set(known["refit"])) > 1, figure
