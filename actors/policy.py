@@ -149,6 +149,10 @@ class PolicyActor:
             self._critic = self._make_critic(self.checkpoint / STATE / CRITIC if self.checkpoint else self.reward_path)
         if self.checkpoint is not None:
             self._restore(self.checkpoint)
+        if config.checkpoint.every < policy.num_updates:
+            self._engine.reserve()
+            if self._critic is not None:
+                self._critic.engine.reserve()
 
     @_alone
     def update(self, rollouts: Seq[Rollout]) -> UpdateReport:

@@ -174,14 +174,23 @@ class TrainingEngine:
         It is good until the next one, which is made in the same memory: memory that has been free meanwhile costs more
         than the copy, most of all in virtual machines that give it back to their host.
         """
-        kinds = [] if self._settings.is_plain and self._settings.lora is None else [MASTERS]
-        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in [*kinds, *(MOMENTS if self._num_steps else ())]}
+        kinds = [kind for kind in self._kinds() if self._num_steps or kind not in MOMENTS]
+        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         for number, (name, parameter) in enumerate(self._trained().items()):
             for kind, kept in tensors.items():
                 whole = self._whole(parameter, kind)
                 if number % ranks.num_ranks() == ranks.rank():
                     kept[name] = self._copied(f"{kind} of {name}", whole)
         return EngineState(self._num_steps, tensors, self.weights(self._copied))
+
+    def reserve(self) -> None:
+        """Take the memory of captures, and make the system really give it: beside training that would take longer."""
+        shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in self._trained().items()}
+        for name in list(shapes)[ranks.rank() :: ranks.num_ranks()]:
+            self._copies |= {
+                f"{kind} of {name}": torch.empty(shapes[name], dtype=torch.float32).zero_() for kind in self._kinds()
+            }
+        self.weights(self._copied)
 
     def restore(self, state: EngineState) -> None:
         """Go on as the engine went on that ``state`` was captured from; its (rounded) weights, where they are not those
@@ -200,6 +209,10 @@ class TrainingEngine:
         for kind in MOMENTS:
             for name, value in state.tensors[kind].items():
                 self._set_whole(named[name], kind, value.to(self.device))
+
+    def _kinds(self) -> tuple[str, ...]:
+        """What a capture has of each trained parameter; moments come with the first step."""
+        return MOMENTS if self._settings.is_plain and self._settings.lora is None else (MASTERS, *MOMENTS)
 
     def _copied(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self._copies:

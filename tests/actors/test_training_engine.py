@@ -164,20 +164,35 @@ def test_a_restored_engine_goes_on_bit_for_bit(make_engine, zero_stage, dtype, n
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def captured(engine):
+    """All tensors of a capture."""
+    state = engine.capture()
+    return [tensor for tensors in (*state.tensors.values(), state.weights) for tensor in tensors.values()]
+
+
 @pytest.mark.parametrize(("zero_stage", "dtype"), [PLAIN, BFLOAT16])
 def test_a_capture_is_made_in_the_memory_of_the_last_one_with_the_state_of_its_own_time(make_engine, zero_stage, dtype):
     engine = make_engine(zero_stage, dtype)
     train(engine, 1)
-    places, old = [], []
-    for tensors in (*(first := engine.capture()).tensors.values(), first.weights):
-        places += [tensor.data_ptr() for tensor in tensors.values()]
-        old += [tensor.clone() for tensor in tensors.values()]
+    first = captured(engine)
+    places, old = [tensor.data_ptr() for tensor in first], [tensor.clone() for tensor in first]
     train(engine, 1)
-    second = engine.capture()
-    new = [tensor for tensors in (*second.tensors.values(), second.weights) for tensor in tensors.values()]
-    assert [tensor.data_ptr() for tensor in new] == places
-    assert not all(torch.equal(*both) for both in zip(old, new, strict=True))
-    assert all(torch.equal(second.weights[name], tensor) for name, tensor in engine.weights().items())
+    assert [tensor.data_ptr() for tensor in captured(engine)] == places
+    assert not all(torch.equal(*both) for both in zip(old, first, strict=True))
+    weights = engine.capture().weights
+    assert all(torch.equal(weights[name], tensor) for name, tensor in engine.weights().items())
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [PLAIN, BFLOAT16])
+def test_captures_are_made_in_reserved_memory_and_are_those_of_an_engine_without(make_engine, zero_stage, dtype):
+    engines = make_engine(zero_stage, dtype), make_engine(zero_stage, dtype)
+    engines[1].reserve()
+    places = {tensor.data_ptr() for tensor in engines[1]._copies.values()}
+    for engine in engines:
+        train(engine, 1)
+    expected, found = map(captured, engines)
+    assert {tensor.data_ptr() for tensor in found} == places
+    assert all(torch.equal(*both) for both in zip(expected, found, strict=True))
 
 
 def skip(engine, factor):
