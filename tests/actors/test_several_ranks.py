@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from actors.training_engine import TrainingEngine
 from ocrm_ray import batches, networks
 from ocrm_ray.algorithm.schedule import CorrectionClock
 from ocrm_ray.batches import SequenceTable
-from ocrm_ray.checkpoints import RunState, begin, finish
+from ocrm_ray.checkpoints import STATE, RunState, begin, finish
 from ocrm_ray.config import Pool
 from ocrm_ray.networks import CausalModel, ScalarModel, last_token_scores, table_logprobs
 from ocrm_ray.records import OnPolicyState, Sequence
@@ -347,13 +348,12 @@ def test_parts_that_are_padded_are_restored_too():
 
 
 def run_and_checkpoint(folder, partial):
-    """Two updates, a checkpoint, and the next update's report and weights."""
+    """Two updates, a checkpoint, whose files' entries come first, and the next update's report and weights."""
     actor = make_actor(folder, 2, **POLICIES["ppo"])
     for rollouts in replayed(2):
         actor.update(rollouts)
     actor.capture()
-    actor.write_checkpoint(partial, actor.export_weights())
-    return resumed_update(actor)
+    return actor.write_checkpoint(partial, actor.export_weights()), *resumed_update(actor)
 
 
 def resume(folder, checkpoint):
@@ -369,22 +369,28 @@ def resumed_update(actor):
     return answer
 
 
-def finished(partial):
+def finished(partial, *entries):
+    """``entries``: of each rank."""
+    written = {name: entry for of_rank in entries for name, entry in of_rank.items()}
+    assert {Path(name).name for name in written} == {
+        path.name for path in (partial / STATE).glob("*-[0-9].safetensors")
+    }
     state = {"reward_version": 0, "anchor_version": 0, "num_issued": 2, "outstanding": (), "probe_bound": (1, 1)}
-    return finish(partial, RunState(step=2, clock=CorrectionClock(4), on_policy=OnPolicyState(), **state), num_kept=1)
+    run = RunState(step=2, clock=CorrectionClock(4), on_policy=OnPolicyState(), **state)
+    return finish(partial, run, written, num_kept=1)
 
 
 def test_a_trainer_goes_on_from_a_checkpoint_of_another_number_of_ranks_and_stage(two_ranks, models, tmp_path):
     partial = begin(tmp_path / "of-one", 2)
-    expected, weights = run_and_checkpoint(models, partial)
-    answers = two_ranks.run(resume, models, finished(partial))
+    written, expected, weights = run_and_checkpoint(models, partial)
+    answers = two_ranks.run(resume, models, finished(partial, written))
     assert [(figures, version) for figures, _, version in answers] == [
         (pytest.approx(expected, rel=1e-5, abs=1e-5), version) for version in (2, None)
     ]
     assert_close(answers[0][1], weights, atol=1e-5)
     partial = begin(tmp_path / "of-two", 2)
-    two_ranks.run(run_and_checkpoint, models, partial)
-    figures, found, version = resume(models, finished(partial))
+    entries = [written for written, *_ in two_ranks.run(run_and_checkpoint, models, partial)]
+    figures, found, version = resume(models, finished(partial, *entries))
     assert figures == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert version == 2
     assert_close(found, weights, atol=1e-5)
