@@ -186,10 +186,10 @@ class TrainingEngine:
     def reserve(self) -> None:
         """Take the memory of captures, and make the system really give it: beside training that would take longer."""
         shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in self._trained().items()}
+        zero = torch.zeros((), dtype=torch.float32)
         for name in list(shapes)[ranks.rank() :: ranks.num_ranks()]:
-            self._copies |= {
-                f"{kind} of {name}": torch.empty(shapes[name], dtype=torch.float32).zero_() for kind in self._kinds()
-            }
+            for kind in self._kinds():
+                self._copied(f"{kind} of {name}", zero.expand(shapes[name]))
         self.weights(self._copied)
 
     def restore(self, state: EngineState) -> None:

@@ -204,11 +204,15 @@ def wait_for(what: str, found: Callable[[], Any], driver: Driver) -> Any:
     return answer
 
 
+def at_work(role: str, driver: Driver) -> list[psutil.Process]:
+    return [process for process in driver.processes() if title(process).startswith(TITLES[role])]
+
+
 def kill(role: str, driver: Driver) -> bool:
     """SIGKILL for a process of the role, at work; False where the run was done before."""
     if role == "driver":
         assert driver.process is not None
-        coordinators = [process for process in driver.processes() if title(process).startswith(TITLES["coordinator"])]
+        coordinators = at_work("coordinator", driver)
         driver.process.kill()
         driver.process.wait()
         # ends by itself; until then its lines could be taken for those of the run that goes on
@@ -217,11 +221,11 @@ def kill(role: str, driver: Driver) -> bool:
     if role == "raylet":
         driver.nodes.replace_last()
         return True
-    at_work = lambda: next((p for p in driver.processes() if title(p).startswith(TITLES[role])), None)  # noqa: E731
-    victim = wait_for(f"process of {role} at work", at_work, driver)
-    if victim is not None:
-        victim.kill()
-    return victim is not None
+    victims = wait_for(f"process of {role} at work", lambda: at_work(role, driver), driver)
+    if victims is None:
+        return False
+    victims[0].kill()
+    return True
 
 
 def disturb(driver: Driver, roles: list[str], every: int) -> list[str]:
